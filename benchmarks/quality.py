@@ -1,0 +1,129 @@
+"""What each method costs in perplexity at equal, measured parameter counts.
+
+    python benchmarks/quality.py                            every method, 20/40/60 %, two calibration texts
+    python benchmarks/quality.py --ratios 0.4 --rows rfid,svd
+    python benchmarks/quality.py --table ablation           the parts of RFID, each off in turn
+
+Perplexities on the first 96 windows of 256 tokens of each text, and their geometric mean as a multiple of the dense
+model's. Prints a table as it goes and writes JSON (default results/quality.json); rows already there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import moefactor
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "assets" / "reference-moe"
+TEXTS = {
+    "wikitext2": "wikitext2/test.txt",
+    "ptb": "ptb/test.txt",
+    "prose": "heldout/prose.txt",
+    "code": "heldout/code.txt",
+    "reviews": "heldout/reviews.txt",
+}
+CALIBRATIONS = {"like": "calibration-proportional.txt", "unlike": "calibration-mix.txt"}
+THREE = {"projections": "gate,up,down"}
+
+# Row -> method and options.
+METHODS = {
+    "svd": ("svd", {}),
+    "whitened_svd": ("whitened_svd", {}),
+    "shared_basis, plain": ("shared_basis", {"whitened": False}),
+    "shared_basis": ("shared_basis", {}),
+    "rfid": ("rfid", {}),
+    "rfid, three projections": ("rfid", THREE),
+    "rfid, three projections, no residual": ("rfid", {**THREE, "residual": 0}),
+}
+ABLATION = {
+    "rfid, as in the paper": ("rfid", {}),
+    "no residual": ("rfid", {"residual": 0}),
+    "consecutive groups": ("rfid", {"grouping": "consecutive"}),
+    "frequency alone": ("rfid", {"score": "frequency"}),
+    "effective rank alone": ("rfid", {"score": "effective_rank"}),
+    "uniform ranks": ("rfid", {"score": "uniform"}),
+    "no residual, uniform ranks": ("rfid", {"residual": 0, "score": "uniform"}),
+    "no residual, uniform, consecutive": ("rfid", {"residual": 0, "score": "uniform", "grouping": "consecutive"}),
+    "refined by 500 steps of Adam": ("rfid", {"refine_steps": 500}),
+    "gate and up jointly": ("rfid", {"joint": True}),
+    "three projections": ("rfid", THREE),
+    "three projections, no residual": ("rfid", {**THREE, "residual": 0}),
+}
+TABLES = {"methods": METHODS, "ablation": ABLATION}
+
+
+def measure(model: Path | str, data: Path) -> dict:
+    result = moefactor.evaluate(
+        str(model), [str(data / file) for file in TEXTS.values()], window=256, max_windows=96, dtype="float32"
+    )
+    values = list(result.perplexity.values())
+    perplexity = dict(zip(TEXTS, values, strict=True))
+    return {**asdict(result), "model": None, "perplexity": perplexity, "mean": result.mean_perplexity}
+
+
+def run_row(method: str, options: dict, ratio: float, calibration: Path, samples: int, data: Path) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        out = moefactor.compress(
+            str(MODEL), method, ratio, Path(folder) / "out", calibration=str(calibration), samples=samples,
+            seqlen=256, **options,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, **measure(out, data)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--table", choices=TABLES, default="methods")
+    parser.add_argument("--rows", help="comma-separated, default all; a row matches by its beginning")
+    parser.add_argument("--ratios", default="0.2,0.4,0.6")
+    parser.add_argument("--calibrations", default=",".join(CALIBRATIONS))
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--output", type=Path, default=Path("results/quality.json"))
+    arguments = parser.parse_args()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    if "dense" not in results:
+        results["dense"] = measure(MODEL, arguments.data)
+    dense = results["dense"]
+    rows = TABLES[arguments.table]
+    if arguments.rows:
+        rows = {n: r for n, r in rows.items() if n.startswith(tuple(arguments.rows.split(",")))}
+    header = f"{'':38}{'ratio':>6}{'text':>7}{'kept':>9}" + "".join(f"{t:>10}" for t in TEXTS)
+    print(header + f"{'× dense':>9}{'seconds':>9}")
+    print(f"{'dense':38}{'':22}" + "".join(f"{p:10.2f}" for p in dense["perplexity"].values()) + f"{1:9.3f}")
+    for label, (method, options) in rows.items():
+        for ratio in map(float, arguments.ratios.split(",")):
+            for text in arguments.calibrations.split(","):
+                key = f"{arguments.table}/{label}/{ratio}/{text}"
+                if key not in results:
+                    try:
+                        calibration = arguments.data / CALIBRATIONS[text]
+                        results[key] = run_row(method, options, ratio, calibration, arguments.samples, arguments.data)
+                    except moefactor.UserError as error:
+                        results[key] = {"error": str(error)}
+                    arguments.output.write_text(json.dumps(results, indent=1))
+                print(line(label, ratio, text, results[key], dense), flush=True)
+
+
+def line(label: str, ratio: float, text: str, row: dict, dense: dict) -> str:
+    start = f"{label:38}{ratio:6}{text:>7}"
+    if "error" in row:
+        return f"{start}   infeasible: {row['error'][:80]}"
+    kept = row["expert_parameters"] / dense["expert_parameters"]
+    assert abs(kept - (1 - ratio)) < 0.005 * (1 - ratio), f"{label}: {kept} kept, {1 - ratio} asked for"
+    values = "".join(f"{p:10.2f}" for p in row["perplexity"].values())
+    multiple = math.exp(math.log(row["mean"]) - math.log(dense["mean"]))
+    return f"{start}{kept:9.4f}{values}{multiple:9.3f}{row['seconds']:9.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""Checkpoints: a lazy reader that yields the model's own layout, and an atomic sharded writer.
+
+Reading goes through transformers' weight conversions, so any layout on disk (an expert a tensor, fused, renamed)
+arrives as the skeleton has it. What is not an expert is copied as it lies on disk, name and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from .errors import UserError
+from .experts import check_finite
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Copied beside the weights; everything else in a repository is somebody's documentation.
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+COPY_LIMIT = 1 << 30  # bytes of plain tensors held, and written to one shard, at a time
+
+
+def resolve(name: str) -> Path:
+    """The folder of a model: `name` itself, or the hub repository of that name, downloaded."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such folder.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *COMPANIONS]))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"{name}: neither a folder here nor a model on the hub.") from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(f"{name}: no such folder, and the hub can't be reached: {str(error).splitlines()[0]}") from None
+
+
+class Checkpoint:
+    """The safetensors files of one folder, read a tensor at a time.
+
+    Opening checks every shard's presence and header (a truncated file fails here, not hours later).
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = self._files()
+
+    def _files(self) -> dict[str, Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+        elif (self.folder / WEIGHTS).is_file():
+            weight_map = dict.fromkeys(self._names(self.folder / WEIGHTS), WEIGHTS)
+        else:
+            raise UserError(f"{self.folder}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints are read.")
+        for shard in sorted(set(weight_map.values())):
+            path = self.folder / shard
+            if not path.is_file():
+                raise UserError(f"{path}: this shard is missing though {INDEX} names it. Download it again.")
+            absent = {n for n, s in weight_map.items() if s == shard} - set(self._names(path))
+            if absent:
+                raise UserError(f"{path}: {INDEX} promises {sorted(absent)[0]} here, and it is not. Download it again.")
+        return {name: self.folder / shard for name, shard in weight_map.items()}
+
+    @staticmethod
+    def _names(path: Path) -> list[str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged or truncated ({error}). Download it again.") from None
+
+    @contextmanager
+    def slices(self, names: list[str]) -> Iterator[dict[str, object]]:
+        """Lazy slices of the named tensors, their files open while the context is."""
+        handles, slices = {}, {}
+        for name in names:
+            path = self.files[name]
+            if path not in handles:
+                handles[path] = safe_open(path, framework="pt")
+            slices[name] = handles[path].get_slice(name)
+        try:
+            yield slices
+        finally:
+            for handle in handles.values():
+                handle.__exit__(None, None, None)
+
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+
+class ModelReader:
+    """A checkpoint seen through a skeleton: which tensor becomes which parameter, and loading of parts."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
+        self.checkpoint = checkpoint
+        self.model = model
+        self.conversions = get_model_conversion_mapping(model)
+
+    @cached_property
+    def targets(self) -> dict[str, str]:
+        """Name on disk -> name in the model; tensors that the model has no place for are left out."""
+        state = self.model.state_dict()
+        renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        targets = {}
+        for name in self.checkpoint.files:
+            target, _ = rename_source_key(name, renamings, converters, prefix, state)
+            if target not in state and name in state:
+                target, _ = rename_source_key(name, [], [], prefix, state)
+            if target in state:
+                targets[name] = target
+        return targets
+
+    @property
+    def ignored(self) -> list[str]:
+        """Tensors of the checkpoint that transformers does not load (multi-token prediction layers, say)."""
+        return [name for name in self.checkpoint.files if name not in self.targets]
+
+    def load(self, prefix: str, device: torch.device, *, without: tuple[str, ...] = ()) -> None:
+        """Fills the parameters under `prefix` (a module's path), but for those under `without`.
+
+        Raises UserError for a missing, mis-shaped, inconvertible or non-finite tensor.
+        """
+
+        def inside(name: str) -> bool:
+            return name.startswith(prefix + ".") and not name.startswith(tuple(w + "." for w in without))
+
+        wanted = [name for name, target in self.targets.items() if inside(target)]
+        with self.checkpoint.slices(wanted) as slices, quiet():
+            config = LoadStateDictConfig(
+                device_map={"": device}, dtype=self.model.dtype, weight_mapping=self.conversions
+            )
+            report, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        self.model._weight_conversions = None  # or a later save would revert only what this part used
+        self._check(report, prefix, inside)
+
+    def _check(self, report: object, prefix: str, inside: object) -> None:
+        for name, why in report.conversion_errors.items():
+            reason = [line for line in why.splitlines() if line.strip()][-1]
+            raise UserError(f"{name}: could not be put together from the checkpoint: {reason}")
+        for name, found, expected in report.mismatched_keys:
+            raise UserError(f"{name}: has shape {tuple(found)} in the checkpoint, the model expects {tuple(expected)}.")
+        missing = sorted(name for name in report.missing_keys if inside(name))
+        tied = set(self.model.all_tied_weights_keys)
+        missing = [name for name in missing if name not in tied]
+        if missing:
+            raise UserError(
+                f"{missing[0]}: missing from the checkpoint ({len(missing)} such tensors under {prefix}). "
+                "Download the model again, or check that its config.json belongs to it."
+            )
+        module = self.model.get_submodule(prefix)
+        check_finite(prefix, {n: p for n, p in module.named_parameters() if p.device.type != "meta"})
+
+    def release(self, prefix: str) -> None:
+        """Returns the parameters under `prefix` to the meta device."""
+        for module in self.model.get_submodule(prefix).modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def disk_layout(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors named and shaped as in the model -> as this kind of checkpoint has them on disk."""
+        self.model._weight_conversions = None
+        return {k: v.contiguous() for k, v in revert_weight_conversion(self.model, tensors).items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bar, which would draw over ours for every layer."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside the target, syncs, renames: the file is whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """A safetensors file, written atomically; returns its SHA-256."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}, partial, metadata={"format": "pt"})
+    partial.chmod(0o666 & ~_umask())  # the library makes it private to the user
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return file_digest(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in list(file.keys())}
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or truncated ({error}). Remove it and run the stage again.") from None
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: object) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class CheckpointWriter:
+    """Builds a checkpoint folder beside its final place and moves it there when the context ends well.
+
+    Shards are numbered as they come; the index is written last, then the folder is renamed. An error leaves nothing.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.folder = output.with_name(output.name + ".partial")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        self._shards: list[tuple[str, list[str], int]] = []  # file, tensor names, bytes
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self._finish()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        name = self._next()
+        write_tensors(self.folder / name, tensors)
+        self._note(name)
+
+    def adopt(self, file: Path) -> None:
+        """Takes over a finished safetensors file, without a copy where the file system allows."""
+        name = self._next()
+        try:
+            os.link(file, self.folder / name)
+        except OSError:
+            shutil.copy2(file, self.folder / name)
+        self._note(name)
+
+    def copy_plain(self, checkpoint: Checkpoint, names: list[str]) -> None:
+        """Tensors as they lie on disk, at most COPY_LIMIT bytes at a time."""
+        batch, size = [], 0
+        for name in names:
+            with checkpoint.slices([name]) as slices:
+                view = slices[name]
+                count = int(torch.Size(view.get_shape()).numel())
+            bytes_ = count * _item_size(view.get_dtype())
+            if batch and size + bytes_ > COPY_LIMIT:
+                self._copy(checkpoint, batch)
+                batch, size = [], 0
+            batch.append(name)
+            size += bytes_
+        if batch:
+            self._copy(checkpoint, batch)
+
+    def _copy(self, checkpoint: Checkpoint, names: list[str]) -> None:
+        with checkpoint.slices(names) as slices:
+            tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
+        check_finite(checkpoint.folder.name, {n: t for n, t in tensors.items() if t.is_floating_point()})
+        self.add(tensors)
+
+    def text(self, name: str, content: str) -> None:
+        write_atomically(self.folder / name, content.encode())
+
+    def companions(self, source: Path, *, skip: tuple[str, ...] = ()) -> None:
+        """Tokenizer, chat template, generation config and remote code of the source."""
+        for pattern in COMPANIONS:
+            for file in sorted(source.glob(pattern)):
+                if file.name not in (*skip, INDEX, "config.json") and not (self.folder / file.name).exists():
+                    shutil.copy2(file, self.folder / file.name)
+
+    def _finish(self) -> None:
+        total, count = sum(size for *_, size in self._shards), len(self._shards)
+        weight_map = {}
+        for index, (file, names, _) in enumerate(self._shards, 1):
+            final = f"model-{index:05d}-of-{count:05d}.safetensors"
+            (self.folder / file).rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_atomically(self.folder / INDEX, json.dumps(index, indent=2).encode())
+        self.folder.rename(self.output)
+
+    def _next(self) -> str:
+        return f"shard-{len(self._shards):05d}.safetensors"
+
+    def _note(self, name: str) -> None:
+        path, size = self.folder / name, 0
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            for tensor in names:
+                view = file.get_slice(tensor)
+                size += int(torch.Size(view.get_shape()).numel()) * _item_size(view.get_dtype())
+        self._shards.append((name, names, size))
+
+
+def _item_size(dtype: str) -> int:
+    """Bytes of a safetensors dtype: F32, BF16, F8_E4M3, I64, BOOL ..."""
+    digits = "".join(c for c in dtype.split("_")[0] if c.isdigit())
+    return int(digits) // 8 if digits else 1
+
+
+def refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"{output}: exists already. Choose another output, or remove it.")

@@ -1,0 +1,375 @@
+"""The command line: thin, one function a verb."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBar
+from rich.table import Table
+
+from . import compress as compress_verb
+from .allocate import RULES
+from .calibrate import Calibration
+from .calibrate import calibrate as calibrate_verb
+from .checkpoint import refuse_existing
+from .errors import UserError
+from .evaluate import Evaluation
+from .evaluate import evaluate as evaluate_verb
+from .export import export_dense
+from .factorise import factorise as factorise_verb
+from .factorise import write_checkpoint
+from .generate import generate as generate_verb
+from .inspect import inspect as inspect_verb
+from .methods import METHODS, get
+from .plan import Plan
+from .planning import make_plan
+from .run_folder import RunFolder
+from .stats import STATISTICS
+from .streaming import StreamedModel, default_device
+
+app = typer.Typer(
+    help="Make Mixture-of-Experts models smaller by factorising their experts, without retraining.",
+    epilog="Start with `moefactor inspect MODEL`, then `moefactor compress MODEL --ratio 0.4 -o OUT`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+# Options of the chosen method are flags too (--group-size 8); they are read from its signature.
+METHOD_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of the model.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.", show_default=False)]
+Run = Annotated[Path, typer.Option("--run", help="Run folder: statistics, plan and journal.", show_default=False)]
+MethodName = Annotated[str, typer.Option("--method", "-m", help=f"One of {', '.join(METHODS)}.")]
+Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Fraction of the experts' parameters to remove.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="Text file, folder, or a dataset: wikitext2, c4, ptb, or a hub name. Default: Python's own language "
+        "reference, which needs no network; text like what the model will read does better.",
+        show_default=False,
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Windows of calibration text.", min=1)]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's length", min=2)]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="CUDA if there is one")]
+Sequential = Annotated[
+    bool, typer.Option(help="Calibrate each layer on what the factorised layers before it really give.")
+]
+Allocation = Annotated[str | None, typer.Option(help=f"{', '.join(RULES)}.", show_default="the method's own")]
+RankMultiple = Annotated[
+    int | None, typer.Option(help="Ranks come in multiples of this.", show_default="8 on wide models, 1 on narrow")
+]
+
+
+class Bars:
+    """A Rich progress bar for each stage, drawn on standard error."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[detail]}"),
+        )  # fmt: skip
+        self.bar = RichBar(*columns, console=errors)
+        self.tasks: dict[str, int] = {}
+
+    def __enter__(self) -> Bars:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=total, detail=detail)
+        self.bar.update(self.tasks[stage], completed=done, total=total, detail=detail)
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
+    _root.debug = debug
+
+
+def method_options(arguments: list[str]) -> dict[str, str]:
+    """`--group-size 8 --no-joint --xi=0.5` -> {"group_size": "8", "joint": "false", "xi": "0.5"}."""
+    options, rest = {}, list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"Unexpected argument {flag!r}.")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            else:
+                name, value = (name[3:], "false") if name.startswith("no-") else (name, "true")
+        options[name.replace("-", "_")] = value
+    return options
+
+
+@app.command()
+def inspect(model: Model, ratio: Ratio = 0.4) -> None:
+    """What is in a model, and what it would shrink to. Reads no weights."""
+    found = inspect_verb(model)
+    first = found.layers[0]
+    table = Table(title=f"{model} ({found.model_type})", title_justify="left", show_header=False)
+    same = all((e.experts, e.intermediate) == (first.experts, first.intermediate) for e in found.layers)
+    table.add_row("expert layers", f"{len(found.layers)}, {first.decoder_layer} to {found.layers[-1].decoder_layer}")
+    table.add_row("experts a layer", f"{first.experts}" + ("" if same else " (the first layer's)"))
+    table.add_row("hidden × intermediate", f"{first.hidden} × {first.intermediate}")
+    table.add_row("projections", ", ".join(first.projections) + (", with biases" if first.biased else ""))
+    share = found.expert_parameters / found.parameters
+    table.add_row("parameters", f"{found.parameters:,}, {share:.0%} of them in routed experts")
+    table.add_row("on disk", f"{_size(found.bytes)} ({found.dtype})")
+    for r in sorted({0.2, ratio, 0.6}):
+        left, removed = found.shrunk(r)
+        table.add_row(f"--ratio {r}", f"{left:,} parameters left, {removed:.0%} of the model removed")
+    console.print(table)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None) -> None:
+    """The compression methods; with a name, that method's options."""
+    if name is None:
+        table = Table("method", "what it does", "paper")
+        for method in METHODS.values():
+            table.add_row(method.name, method.summary, method.paper)
+        console.print(table)
+        return
+    method = get(name)
+    table = Table("option", "default", "values")
+    for option, parameter in method.options.items():
+        default = parameter.default
+        shown = ",".join(default) if isinstance(default, tuple) else str(default)
+        kind = parameter.annotation
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        described = " | ".join(choices) or ("a,b,c" if get_origin(kind) is tuple else kind.__name__)
+        table.add_row(f"--{option.replace('_', '-')}", shown, described)
+    console.print(method.description, markup=False, highlight=False)
+    console.print(table)
+
+
+@app.command(context_settings=METHOD_FLAGS)
+def compress(
+    context: typer.Context, model: Model, output: Output, method: MethodName = "rfid", ratio: Ratio = 0.4,
+    calibration: Text = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
+    sequential: Sequential = True, allocation: Allocation = None, rank_multiple: RankMultiple = None,
+    device: Device = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Keep the run folder here.", show_default="OUTPUT.run, removed at the end")
+    ] = None,
+) -> None:  # fmt: skip
+    """Calibrate, plan, factorise, write: a checkpoint that plain from_pretrained loads.
+
+    The method's own options are flags too, see `moefactor methods NAME`: --group-size 8 --projections gate,up,down.
+    A killed run goes on where it was when the same command is given again.
+    """
+    options = method_options(context.args)
+    with Bars() as bars:
+        compress_verb(
+            model, method, ratio, output, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
+            sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device, run=run,
+            progress=bars, **options,
+        )  # fmt: skip
+    console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
+
+
+@app.command(context_settings=METHOD_FLAGS)
+def calibrate(
+    context: typer.Context, model: Model, run: Run, method: MethodName = "rfid", calibration: Text = None,
+    samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help=f"Which to collect: {', '.join(STATISTICS)}.", show_default="all that --method reads"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Stage 1: what each layer's experts see. Writes RUN/stats."""
+    chosen = get(method)
+    options = chosen.complete(method_options(context.args))
+    needs = set(statistics.split(",")) if statistics else chosen.plan_needs(options) | chosen.factorise_needs(options)
+    streamed = StreamedModel(model, device or default_device())
+    with Bars() as bars:
+        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
+        calibrate_verb(streamed, RunFolder(run), text, needs, progress=bars)
+    console.print(f"Wrote {run}/stats. Next: moefactor plan {model} --run {run} --method {method}")
+
+
+@app.command(context_settings=METHOD_FLAGS)
+def plan(
+    context: typer.Context, model: Model, run: Run, method: MethodName = "rfid", ratio: Ratio = 0.4, seed: Seed = 0,
+    allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks, write nothing.")] = False,
+) -> None:  # fmt: skip
+    """Stage 2: which layer and group gets which rank. Writes RUN/plan.json, which you may edit."""
+    chosen = get(method)
+    options = chosen.complete(method_options(context.args))
+    streamed, folder = StreamedModel(model, device or default_device()), RunFolder(run)
+    with Bars() as bars:
+        made = make_plan(
+            streamed, chosen, options, ratio, run=folder, allocation=allocation, rank_multiple=rank_multiple,
+            seed=seed, progress=bars,
+        )  # fmt: skip
+    console.print(_plan_table(made))
+    if not dry_run:
+        folder.write_plan(made)
+        console.print(f"Wrote {folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
+
+
+@app.command()
+def factorise(
+    model: Model, run: Run, output: Output, calibration: Text = None, samples: Samples = 256, seqlen: Seqlen = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    sequential: Sequential = True, device: Device = None,
+) -> None:  # fmt: skip
+    """Stage 3: the factors of every layer, from weights, statistics and RUN/plan.json; then the checkpoint."""
+    refuse_existing(output)
+    streamed, folder = StreamedModel(model, device or default_device()), RunFolder(run)
+    made = Plan.read(folder.plan, streamed.experts)
+    chosen = get(made.method)
+    text = None
+    if sequential and chosen.factorise_needs(made.options):
+        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
+    with Bars() as bars:
+        factorise_verb(streamed, made, chosen, folder, calibration=text, sequential=sequential, progress=bars)
+    write_checkpoint(streamed, made, folder, output, f"moefactor factorise {model} --run RUN -o {output.name}")
+    console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="A second model to compare with, usually the dense one.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File, folder or dataset (test split); repeat for several.", show_default="Python's reference"
+        ),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    json_output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Perplexity, tokens a second, bytes on disk and in memory."""
+    names = [model] if against is None else [against, model]
+    with Bars() as bars:
+        results = []
+        for name in names:
+
+            def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+                bars(detail or stage, done, total)
+
+            results.append(
+                evaluate_verb(
+                    name, text or [None], window=window, max_windows=max_windows, batch_size=batch_size,
+                    device=device, dtype=dtype, progress=progress,
+                )
+            )  # fmt: skip
+    console.print(evaluation_table(results))
+    if json_output:
+        json_output.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+
+
+@app.command()
+def generate(
+    model: Model, prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="How many new ones at most.", min=1)] = 50, device: Device = None,
+) -> None:  # fmt: skip
+    """Continue a prompt, greedily."""
+    console.print(generate_verb(model, prompt, tokens=tokens, device=device), markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Output,
+    dense: Annotated[bool, typer.Option("--dense", help="Rebuild every expert; the only target there is yet.")] = False,
+) -> None:
+    """An ordinary MoE checkpoint again, for engines that know nothing of moefactor."""
+    if not dense:
+        raise UserError("Say what to export to: --dense rebuilds every expert.")
+    with Bars() as bars:
+        export_dense(model, output, progress=bars)
+    console.print(f"Wrote {output}, of the original's size and layout.")
+
+
+def evaluation_table(results: list[Evaluation]) -> Table:
+    """One column a model; with two, how the second compares with the first."""
+    table = Table("", *(Path(r.model).name for r in results), *(["second / first"] if len(results) == 2 else []))
+
+    def row(label: str, values: list[float], show: object) -> None:
+        ratio = [f"{values[1] / values[0]:.3f}"] if len(values) == 2 and values[0] else []
+        table.add_row(label, *(show(v) for v in values), *ratio)
+
+    row("parameters", [r.parameters for r in results], "{:,}".format)
+    row("  in routed experts", [r.expert_parameters for r in results], "{:,}".format)
+    row("resident bytes", [r.resident_bytes for r in results], _size)
+    row("  in routed experts", [r.expert_bytes for r in results], _size)
+    row("bytes on disk", [r.disk_bytes for r in results], _size)
+    row("tokens a second", [r.tokens_per_second for r in results], "{:,.0f}".format)
+    for text in results[0].perplexity:
+        row(f"perplexity, {text}", [r.perplexity[text] for r in results], "{:.3f}".format)
+    if len(results[0].perplexity) > 1:
+        row("  geometric mean", [r.mean_perplexity for r in results], "{:.3f}".format)
+    return table
+
+
+def _plan_table(made: Plan) -> Table:
+    title = (
+        f"{made.method}, ratio {made.ratio}: {made.original_count:,} -> {made.parameter_count():,} expert parameters "
+        f"({made.achieved_ratio():.4f} removed)"
+    )
+    table = Table("layer", "stack", "form", "ranks of its groups", "kept", title=title, title_justify="left")
+    for entry in made.layers:
+        for stack, form in entry.forms.items():
+            data = form.to_json()
+            inner = data.get("inner", data)
+            original = entry.layer.experts * entry.layer.stack_width(stack) * entry.layer.hidden
+            table.add_row(
+                entry.layer.decoder_layer, stack, data["form"], _ranks(inner.get("ranks", [])),
+                f"{form.parameter_count() / original:.1%}",
+            )  # fmt: skip
+    return table
+
+
+def _ranks(ranks: list[int]) -> str:
+    """`24 22 20`, or `21 × 16, 20 × 16` where there are many."""
+    if len(ranks) <= 12:
+        return " ".join(map(str, ranks))
+    return ", ".join(f"{rank} × {ranks.count(rank)}" for rank in sorted(set(ranks), reverse=True))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one red line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        if getattr(_root, "debug", False):
+            raise
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

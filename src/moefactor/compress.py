@@ -1,0 +1,82 @@
+"""The stages in order: calibrate, plan, factorise, write. The one verb that calls others."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import torch
+
+from .calibrate import Calibration, calibrate
+from .checkpoint import refuse_existing
+from .factorise import factorise, write_checkpoint
+from .methods import get
+from .planning import check_ratio, make_plan
+from .progress import Progress, silent
+from .run_folder import RunFolder
+from .streaming import StreamedModel, default_device
+
+
+def compress(
+    model: str,
+    method: str = "rfid",
+    ratio: float = 0.4,
+    output: str | Path = "compressed",
+    *,
+    calibration: str | None = None,
+    samples: int = 256,
+    seqlen: int | None = None,
+    seed: int = 0,
+    sequential: bool = True,
+    allocation: str | None = None,
+    rank_multiple: int | None = None,
+    device: torch.device | str | None = None,
+    run: str | Path | None = None,
+    progress: Progress = silent,
+    **options: object,
+) -> Path:
+    """Compresses a model's routed experts and writes a checkpoint that plain `from_pretrained` loads.
+
+    Args:
+        model: folder or hub name.
+        method: a name of moefactor.METHODS; `options` are that method's.
+        ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
+        output: folder to write; it must not exist.
+        calibration: text file, folder or dataset; None for text that every Python has. `samples` windows of `seqlen`
+            tokens are drawn from it by `seed`.
+        sequential: calibrate each layer on what the factorised layers before it give.
+        allocation: `uniform`, `score` or `loss`; None for the method's own.
+        device: CUDA when there is one unless said otherwise.
+        run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
+            run continues from it when the same call is made again.
+
+    Raises UserError (a ValueError) for anything that the caller can mend.
+
+    >>> moefactor.compress("Qwen/Qwen3-30B-A3B", method="rfid", ratio=0.4, output="qwen3-40")
+    """
+    output = Path(output).expanduser()
+    refuse_existing(output)
+    chosen = get(method)
+    completed = chosen.complete(options)
+    check_ratio(ratio)
+    streamed = StreamedModel(model, default_device() if device is None else device)
+    needs = chosen.plan_needs(completed)
+    later = chosen.factorise_needs(completed)
+    text = None
+    if needs or later or calibration is not None:  # read now, so that bad text fails before anything is written
+        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
+    folder = RunFolder(run or output.with_name(output.name + ".run"))
+    if needs or (later and not sequential):
+        calibrate(streamed, folder, text, needs | later if not sequential else needs, progress=progress)
+    plan = make_plan(
+        streamed, chosen, completed, ratio, run=folder, allocation=allocation, rank_multiple=rank_multiple, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    folder.write_plan(plan)
+    factorise(streamed, plan, chosen, folder, calibration=text, sequential=sequential, progress=progress)
+    command = f"moefactor compress {shlex.quote(model)} --method {method} --ratio {ratio} -o {shlex.quote(output.name)}"
+    write_checkpoint(streamed, plan, folder, output, command)
+    if run is None:
+        shutil.rmtree(folder.folder)
+    return output

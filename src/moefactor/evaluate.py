@@ -1,0 +1,114 @@
+"""Stage 4: what compression cost and what it gave: perplexity, speed, bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, resolve
+from .discover import is_fused_experts
+from .progress import Progress, Steps, silent
+from .runtime.experts import FactorisedExperts
+from .runtime.transformers import load
+from .streaming import default_device
+from .text import load_tokenizer, model_length, read_text, tokenise, windows
+
+STAGE = "evaluate"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measurements of one model.
+
+    parameters, expert_parameters: counted on the loaded model (experts: the routed ones' stored tensors).
+    resident_bytes, expert_bytes: of parameters in memory; disk_bytes: of the safetensors files.
+    perplexity: text -> exp(mean negative log-likelihood) over non-overlapping windows.
+    tokens_per_second: scored in the perplexity passes, prompt processing.
+    """
+
+    model: str
+    parameters: int
+    expert_parameters: int
+    resident_bytes: int
+    expert_bytes: int
+    disk_bytes: int
+    dtype: str
+    window: int
+    perplexity: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+
+    @property
+    def mean_perplexity(self) -> float:
+        """Geometric mean over the texts."""
+        return math.exp(sum(math.log(p) for p in self.perplexity.values()) / len(self.perplexity))
+
+
+def evaluate(
+    name: str, texts: list[str | None], *, window: int | None = None, max_windows: int | None = None,
+    batch_size: int = 8, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto",
+    progress: Progress = silent,
+) -> Evaluation:  # fmt: skip
+    """Loads a model, dense or compressed, with plain transformers and measures it.
+
+    Args:
+        texts: files, folders or dataset names (their test split); None for the text every Python has.
+        window: tokens a window, by default 2048 or the model's length.
+        max_windows: of each text, from its beginning; None for all.
+        dtype: to load and run in; "auto" is the checkpoint's own.
+    """
+    device = torch.device(device) if device is not None else default_device()
+    folder = resolve(name)
+    tokenizer = load_tokenizer(folder)
+    disk_bytes = Checkpoint(folder).bytes()
+    model = load(name, device=device, dtype=dtype)
+    length = model_length(model.config, window)
+    batches = {}
+    for text in texts:
+        label = text or "pydoc_data.topics"
+        cut = windows(tokenise(tokenizer, read_text(text, split="test")), length, label)
+        batches[_label(label)] = cut[:max_windows].split(batch_size)
+    steps = Steps(progress, STAGE, sum(len(b) for b in batches.values()))
+    steps.detail = Path(name).name
+    perplexities, tokens, seconds = {}, 0, 0.0
+    for label, text_batches in batches.items():
+        total = count = 0.0
+        for ids in text_batches:
+            started = time.perf_counter()
+            loss = window_losses(model, ids.to(device))
+            seconds += time.perf_counter() - started
+            total, count = total + float(loss.sum()), count + loss.numel()
+            tokens += ids.numel()
+            steps.tick()
+        perplexities[label] = math.exp(total / count)
+    experts = [m for m in model.modules() if isinstance(m, FactorisedExperts) or is_fused_experts(m)]
+    of_experts = [p for module in experts for p in module.parameters()]
+    return Evaluation(
+        name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        expert_parameters=sum(p.numel() for p in of_experts),
+        resident_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        expert_bytes=sum(p.numel() * p.element_size() for p in of_experts),
+        disk_bytes=disk_bytes,
+        dtype=str(model.dtype).removeprefix("torch."),
+        window=length,
+        perplexity=perplexities,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+    )
+
+
+@torch.no_grad()
+def window_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """ids (n, L) -> (n, L − 1) negative log-likelihood of each token given those before it in its window, float32."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def _label(text: str) -> str:
+    """`wikitext2/test.txt` rather than a long path or a bare `test`."""
+    path = Path(text)
+    return "/".join(path.parts[-2:]) if path.exists() else text

@@ -1,0 +1,64 @@
+"""An ordinary MoE checkpoint again, for engines that know nothing of us: every expert rebuilt, layer by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, refuse_existing, resolve
+from .discover import build_skeleton, find_experts, read_config
+from .errors import UserError
+from .experts import CompressedExperts
+from .plan import LayerPlan
+from .progress import Progress, Steps, silent
+from .runtime.format import QUANT_METHOD, STUB, layer_plans
+
+
+def export_dense(name: str, output: str | Path, *, progress: Progress = silent) -> Path:
+    """Writes the dense equivalent of a compressed folder, in the layout that its kind of model has on disk.
+
+    The result has the size of the original model; what is lost in compression stays lost.
+    """
+    output = Path(output).expanduser()
+    refuse_existing(output)
+    folder = resolve(name)
+    config = read_config(folder, name)
+    quantisation = getattr(config, "quantization_config", None) or {}
+    if quantisation.get("quant_method") != QUANT_METHOD:
+        raise UserError(f"{name}: not a checkpoint of moefactor's; there is nothing to rebuild.")
+    del config.quantization_config
+    config.experts_implementation = None
+    skeleton = build_skeleton(config, name)
+    plans = layer_plans(quantisation, find_experts(skeleton, name))
+    checkpoint = Checkpoint(folder)
+    reader = ModelReader(checkpoint, skeleton)
+    steps = Steps(progress, "export", len(plans))
+    ours = tuple(plan.layer.name + "." for plan in plans)
+    plain = json.loads((folder / "config.json").read_text())
+    for key in ("quantization_config", "experts_implementation", "auto_map"):
+        plain.pop(key, None)
+    with CheckpointWriter(output) as writer:
+        for plan in plans:
+            steps.detail = plan.layer.decoder_layer
+            writer.add(reader.disk_layout(_dense_layer(checkpoint, plan)))
+            steps.tick()
+        writer.copy_plain(checkpoint, [n for n in checkpoint.files if not n.startswith(ours)])
+        writer.companions(folder, skip=("plan.json", f"{STUB}.py"))
+        writer.text("config.json", json.dumps(plain, indent=2) + "\n")
+    return output
+
+
+def _dense_layer(checkpoint: Checkpoint, plan: LayerPlan) -> dict[str, Tensor]:
+    """Model name -> dense tensor of one layer's experts, in the dtype of its factors."""
+    prefix = plan.layer.name + "."
+    names = [name for name in checkpoint.files if name.startswith(prefix)]
+    with checkpoint.slices(names) as slices:
+        stored = {name.removeprefix(prefix): view[:] for name, view in slices.items()}
+    dtype = next(iter(stored.values())).dtype
+    # Products in float32, then rounded once.
+    tensors = {key: tensor.to(torch.float32) for key, tensor in stored.items()}
+    dense = CompressedExperts(plan.layer, plan.forms, tensors).dense().to_model_layout()
+    return {prefix + key: tensor.to(dtype) for key, tensor in dense.items()}

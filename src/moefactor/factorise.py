@@ -1,0 +1,148 @@
+"""Stage 3: every layer's factors, from weights, statistics and the plan alone; then the checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .calibrate import Calibration, observe
+from .checkpoint import CheckpointWriter
+from .errors import UserError
+from .experts import ExpertWeights
+from .methods import Method
+from .plan import LayerPlan, Plan
+from .progress import Progress, Steps, silent
+from .run_folder import Entry, RunFolder
+from .runtime.experts import FactorisedExperts
+from .runtime.format import checkpoint_config, loader_stub, model_card
+from .stats import LayerStats
+from .streaming import Activations, StreamedModel
+
+STAGE = "factorise"
+
+
+def factorise(
+    model: StreamedModel, plan: Plan, method: Method, run: RunFolder, *, calibration: Calibration | None = None,
+    sequential: bool = True, progress: Progress = silent,
+) -> dict[int, Entry]:  # fmt: skip
+    """Factorises every layer that the journal lacks and enters it there. Returns the journal.
+
+    Args:
+        calibration: the text that `sequential` runs through the layers.
+        sequential: calibrate each layer on what the factorised layers before it really give; otherwise statistics
+            come from the run folder. Methods that read no statistics here run nothing either way.
+    """
+    needs = method.factorise_needs(plan.options)
+    if needs and sequential and calibration is None:
+        raise UserError("Sequential factorising needs the calibration text; give it, or use --no-sequential.")
+    live = bool(needs) and sequential
+    job = _Job(model, plan, method, run, calibration if needs else None, live)
+    if len(job.done) < len(plan.layers):
+        job.run_through(calibration, needs, progress) if live else job.each_alone(needs, progress)
+    return job.done
+
+
+class _Job:
+    """The journal of one factorisation and the steps that fill it."""
+
+    def __init__(
+        self, model: StreamedModel, plan: Plan, method: Method, run: RunFolder, calibration: Calibration | None,
+        live: bool,
+    ):  # fmt: skip
+        self.model, self.plan, self.method, self.run = model, plan, method, run
+        # Whatever decides the bytes of a layer; a journal made under another digest is refused.
+        about = calibration and calibration.description
+        self.digest = hashlib.sha256(repr((plan.digest(), about, live)).encode()).hexdigest()
+        self.done = run.journal(self.digest)
+
+    def each_alone(self, needs: set[str], progress: Progress) -> None:
+        """Layers one by one, on the run folder's statistics."""
+        steps = Steps(progress, STAGE, len(self.plan.layers))
+        for index, layer_plan in enumerate(self.plan.layers):
+            if index not in self.done:
+                stats = self.run.stats(index, self.model.device)
+                if needs and (stats is None or needs - stats.tensors().keys() - {"routing"}):
+                    raise UserError(
+                        f"{self.run.folder}: {self.method.name} reads {', '.join(sorted(needs))} of every layer; run "
+                        f"calibrate with --method {self.method.name}, or factorise sequentially."
+                    )
+                steps.detail = self.finish(index, self.model.expert_weights(layer_plan.layer), stats)
+            steps.tick()
+
+    def run_through(self, calibration: Calibration, needs: set[str], progress: Progress) -> None:
+        """Layers in the model's order, each observed on what the factorised ones before it give."""
+        batches = calibration.batches
+        activations = self.model.embed(batches)
+        places = {layer.decoder_layer: index for index, layer in enumerate(self.model.experts)}
+        last = max(index for index in range(len(self.plan.layers)) if index not in self.done)
+        end = self.model.decoder_layers.index(self.model.experts[last].decoder_layer) + 1
+        steps = Steps(progress, STAGE, 2 * end * len(batches))
+        for decoder_layer in self.model.decoder_layers[:end]:
+            index = places.get(decoder_layer)
+            with self.model.loaded(decoder_layer):
+                if index is not None and index not in self.done:
+                    steps.detail = self.observe_and_finish(index, activations, needs, steps)
+                else:
+                    steps.skip(len(batches))
+                if index == last:
+                    return
+                with self.factorised(index):
+                    self.model.run(decoder_layer, activations, tick=steps.tick)
+
+    def observe_and_finish(self, index: int, activations: Activations, needs: set[str], steps: Steps) -> str:
+        layer = self.plan.layers[index].layer
+        stats = observe(self.model, layer.decoder_layer, activations, needs, keep=False, tick=steps.tick)
+        module = self.model.model.get_submodule(layer.name)
+        weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
+        return self.finish(index, weights, stats)
+
+    def finish(self, index: int, weights: ExpertWeights, stats: LayerStats | None) -> str:
+        """Factorises one layer, writes it, enters it in the journal; returns a line for the progress bar."""
+        started = time.perf_counter()
+        layer_plan = self.plan.layers[index]
+        compressed = self.method.factorise(weights, stats, layer_plan, seed=self.plan.seed + index, **self.plan.options)
+        dtype, prefix = self.model.stored_dtype, layer_plan.layer.name
+        sha256 = self.run.write_layer(index, {f"{prefix}.{k}": v.to(dtype) for k, v in compressed.tensors.items()})
+        self.done[index] = Entry(sha256, compressed.errors, round(time.perf_counter() - started, 3))
+        self.run.enter(self.digest, self.done)
+        error = max(compressed.errors.values(), default=0.0)
+        return f"{layer_plan.layer.decoder_layer}, relative error {error:.3f}"
+
+    @contextmanager
+    def factorised(self, index: int | None) -> Iterator[None]:
+        """The loaded layer with its experts as written; a dense layer as it is."""
+        if index is None:
+            yield
+            return
+        layer_plan: LayerPlan = self.plan.layers[index]
+        parent_name, _, leaf = layer_plan.layer.name.rpartition(".")
+        parent = self.model.model.get_submodule(parent_name)
+        original = getattr(parent, leaf)
+        experts = FactorisedExperts.replacing(original, layer_plan)
+        prefix = layer_plan.layer.name + "."
+        tensors = {k.removeprefix(prefix): v.to(self.model.device) for k, v in self.run.layer(index).items()}
+        experts.load_state_dict(tensors, assign=True, strict=False)
+        setattr(parent, leaf, experts)
+        try:
+            yield
+        finally:
+            setattr(parent, leaf, original)
+
+
+def write_checkpoint(model: StreamedModel, plan: Plan, run: RunFolder, output: Path, command: str) -> None:
+    """Puts the journal's layers and the rest of the model together; the output appears whole or not at all."""
+    prefixes = tuple(layer.name + "." for layer in model.experts)
+    rest = [name for name, target in model.reader.targets.items() if not target.startswith(prefixes)]
+    with CheckpointWriter(output) as writer:
+        for index in range(len(plan.layers)):
+            writer.adopt(run.layer_file(index))
+        writer.copy_plain(model.reader.checkpoint, rest)
+        writer.companions(model.folder)
+        writer.text("config.json", checkpoint_config(model.folder, plan))
+        writer.text("plan.json", plan.dumps())
+        for name, content in loader_stub().items():
+            writer.text(name, content)
+        writer.text("README.md", model_card(plan, command))

@@ -1,0 +1,65 @@
+"""The linear algebra that methods share. Float64 unless said otherwise: moments square the condition number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def whitening(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """S and S⁻¹ with S Sᵀ = moment (n, n), S lower triangular.
+
+    The ridge grows tenfold from 1e-10 of the mean diagonal until the Cholesky factorisation succeeds.
+    """
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    ridge = 0.0
+    while True:
+        factor, info = torch.linalg.cholesky_ex(moment + ridge * eye)
+        if info == 0:
+            return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
+        ridge = max(10 * ridge, float(1e-10 * moment.diagonal().abs().mean()), 1e-30)
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """exp(−Σ p ln p), p = σ²/Σσ² (Roy & Vetterli 2007, in energies as RFID-MoE uses it). 0 for a zero matrix."""
+    energy = singular_values.double().square()
+    total = energy.sum()
+    if total == 0:
+        return 0.0
+    p = energy / total
+    return float(torch.exp(torch.special.entr(p).sum()))
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(left (m, r), right (r, n)) of the best rank-r approximation; √σ on both sides, so neither factor is tiny."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def top_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """(rank, n): the leading eigenvectors of a symmetric matrix as rows, largest first."""
+    _, vectors = torch.linalg.eigh(gram)
+    return vectors.flip(-1)[:, :rank].T
+
+
+def spectrum(gram: Tensor) -> Tensor:
+    """Eigenvalues of a positive semi-definite matrix, largest first, rounding noise below zero cut off."""
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0)
+
+
+def weighted_least_squares(target: Tensor, basis: Tensor, moment: Tensor) -> Tensor:
+    """argmin_A tr (W − A B) C (W − A B)ᵀ = W C Bᵀ (B C Bᵀ)⁻¹.
+
+    target W (m, n), basis B (r, n), moment C (n, n) -> (m, r).
+    """
+    metric = moment @ basis.T  # (n, r)
+    normal = basis @ metric  # (r, r)
+    # 1e-12 of the mean diagonal: below what float64 resolves for the conditions met (≤ 1e10), enough for exact zeros.
+    normal.diagonal().add_(1e-12 * normal.diagonal().mean() + 1e-30)
+    return torch.linalg.solve(normal, (target @ metric).T).T
+
+
+def weighted_error(difference: Tensor, moment: Tensor) -> Tensor:
+    """tr D C Dᵀ, the mean squared output error of a difference (m, n) under inputs of second moment C (n, n)."""
+    return (difference @ moment * difference).sum()

@@ -1,0 +1,150 @@
+"""rfid: ranks by fused routing frequency and effective rank, the residual brought back (RFID-MoE, arXiv 2602.09316).
+
+1. Experts sorted by routing frequency, cut into groups of `group_size`.
+2. Effective rank R_g = exp(−Σ p ln p), p = σ²/Σσ², of each group's stack.
+3. Score ξ·R̂_g + (1−ξ)·F̂_g, both normalised over the layer's groups.
+4. Ranks proportional to the scores; the budget is met to within one rank (allocate.py).
+5. One basis a group: Ŵ_e = A_e · B_g. With one basis the stacked SVD is the optimum, so that is the default; the
+   paper's fit, Adam on A and f(B) with f = SiLU, is `refine_steps`.
+6. What is left over goes through a sparse projection into a vector of `residual` (3 %) of the stack's parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..forms import SharedBasis, SparseResidual
+from ..forms.base import Factors
+from ..linalg import effective_rank, spectrum, top_eigenvectors
+from .base import Stack, StackOffers, gram, lift, stack_error
+from .shared_basis import Group, consecutive, grouped_offers
+
+
+def offers(
+    stack: Stack,
+    *,
+    group_size: int = 4,
+    grouping: Literal["frequency", "consecutive"] = "frequency",
+    score: Literal["fused", "frequency", "effective_rank", "uniform"] = "fused",
+    xi: float = 0.8,
+    residual: float = 0.03,
+    seed: int = 0,
+) -> StackOffers:
+    """`grouping`, `score` and `residual` (0 turns it off) are the paper's three parts, each to be ablated."""
+    if not 0 <= xi <= 1:
+        raise UserError(f"rfid: xi must be from 0 to 1, found {xi}.")
+    if not 0 <= residual < 1:
+        raise UserError(f"rfid: residual is a fraction of the parameters, from 0 to below 1; found {residual}.")
+    frequency = _frequency(stack)
+    groups = _groups(stack, frequency, group_size, grouping)
+    energies = [spectrum(gram(stack.weights[list(g)].flatten(0, 1))) for g in groups]
+    ranks = torch.tensor([effective_rank(energy.sqrt()) for energy in energies], dtype=torch.float64)
+    used = torch.stack([frequency[list(g)].sum() for g in groups])
+    scores = {
+        "fused": xi * _normalised(ranks) + (1 - xi) * _normalised(used),
+        "frequency": _normalised(used),
+        "effective_rank": _normalised(ranks),
+        "uniform": torch.ones(len(groups)),
+    }[score]
+    inner = grouped_offers(stack, groups, gains=energies, scores=scores.tolist())
+    if residual == 0:
+        return inner
+    experts, width, hidden = stack.shape
+    sizes = tuple(max(1, round(residual * len(g) * width * hidden)) for g in groups)
+    return StackOffers(
+        inner.offers,
+        form=lambda bought: SparseResidual(
+            experts, width, hidden, inner=inner.form(bought), groups=tuple(groups), sizes=sizes, seed=seed
+        ),
+        fixed=sum(sizes),
+    )
+
+
+def factorise(
+    stack: Stack, form: SharedBasis | SparseResidual, *, seed: int, refine_steps: int = 0, refine_rate: float = 0.02
+) -> tuple[Factors, float]:
+    """`refine_steps`: Adam steps of the paper's own fit (0: the closed form, which it cannot beat)."""
+    basis_form = form.inner if isinstance(form, SparseResidual) else form
+    bases, privates = [], {}
+    for group, rank in zip(basis_form.groups, basis_form.ranks, strict=True):
+        weights = stack.weights[list(group)]  # (n, width, H)
+        basis = top_eigenvectors(gram(weights.flatten(0, 1)), rank)
+        private = weights.double() @ basis.T  # (n, width, r)
+        if refine_steps:
+            basis, private = _refine(weights.float(), basis.float(), steps=refine_steps, rate=refine_rate)
+        bases.append(basis)
+        privates |= {expert: private[i].T for i, expert in enumerate(group)}
+    factors = basis_form.pack(bases, privates)
+    if isinstance(form, SparseResidual):
+        rebuilt = torch.stack([basis_form.dense(factors, e) for e in range(form.experts)])
+        factors["residual"] = form.catch(stack.weights.double() - rebuilt)
+    return factors, stack_error(stack, form, factors, weighted=False)
+
+
+def _refine(weights: Tensor, basis: Tensor, *, steps: int, rate: float) -> tuple[Tensor, Tensor]:
+    """min ‖W_e − A_e f(B)‖², f = SiLU, by Adam from the SVD; the best state seen. Returns f(B) and A.
+
+    weights (n, width, H), basis (r, H). The rows of B start at 0.7·√H, where SiLU is neither linear nor saturated,
+    and A at its least squares. Nothing but f(B) is needed afterwards, since a group has one basis.
+    """
+    scale = weights.std().clamp(min=1e-12)
+    target = weights / scale
+    raw = (0.7 * basis.shape[1] ** 0.5 * basis).requires_grad_()
+    start = torch.nn.functional.silu(raw.detach())
+    private = torch.linalg.lstsq(start.T, target.flatten(0, 1).T).solution.T.reshape(*target.shape[:2], -1)
+    private = private.contiguous().requires_grad_()
+    optimiser = torch.optim.Adam([raw, private], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=0.02 * rate)
+    best, state = float("inf"), None
+    for _ in range(steps + 1):
+        activated = torch.nn.functional.silu(raw)
+        loss = (target - private @ activated).square().mean()
+        if loss.item() < best:
+            best, state = loss.item(), (activated.detach().clone(), private.detach().clone())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    activated, private = state
+    return activated, private * scale
+
+
+def _frequency(stack: Stack) -> Tensor:
+    if stack.stats is None:
+        return torch.full((len(stack.weights),), 1 / len(stack.weights), dtype=torch.float64)
+    return stack.stats.frequency().cpu()
+
+
+def _groups(stack: Stack, frequency: Tensor, group_size: int, grouping: str) -> list[Group]:
+    experts = len(stack.weights)
+    if not 1 <= group_size <= experts:
+        raise UserError(f"rfid: group_size must be from 1 to the number of experts, {experts}; found {group_size}.")
+    if grouping == "consecutive":
+        return consecutive(experts, -(-experts // group_size))
+    order = torch.argsort(frequency, descending=True, stable=True)
+    return [tuple(sorted(part.tolist())) for part in order.split(group_size)]
+
+
+def _normalised(values: Tensor) -> Tensor:
+    total = values.sum()
+    return values / total if total > 0 else torch.full_like(values, 1 / len(values))
+
+
+METHOD = lift(
+    "rfid",
+    "ranks by routing frequency and effective rank, residual through a sparse projection",
+    "RFID-MoE, arXiv 2602.09316",
+    offers,
+    factorise,
+    description=__doc__,
+    joint=False,
+    projections=("gate", "up"),
+    allocation="score",
+    plan_needs=lambda options: (
+        {"routing"} if options["grouping"] == "frequency" or options["score"] in ("fused", "frequency") else set()
+    ),
+)

@@ -1,0 +1,152 @@
+"""The plan: which layer gets which forms, groups and ranks. Readable, editable, checked on reading.
+
+`plan.json` and the checkpoint's `quantization_config` describe layers the same way, so what was planned is what is
+stored and what an engine builds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import UserError
+from .experts import ExpertLayer
+from .forms import Form, form_from_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer becomes: a form for every stack (`gate_up` or `gate` and `up`, `down`)."""
+
+    layer: ExpertLayer
+    forms: dict[str, Form]
+
+    def parameter_count(self) -> int:
+        return sum(form.parameter_count() for form in self.forms.values()) + self.layer.bias_count
+
+    def to_json(self) -> dict:
+        shape = {"experts": self.layer.experts, "intermediate": self.layer.intermediate, "hidden": self.layer.hidden}
+        return {"name": self.layer.name, **shape, "stacks": {name: form.to_json() for name, form in self.forms.items()}}
+
+    @classmethod
+    def from_json(cls, data: dict, layer: ExpertLayer) -> LayerPlan:
+        for name in ("experts", "intermediate", "hidden"):
+            if data.get(name) != getattr(layer, name):
+                raise UserError(
+                    f"{layer.name}: the plan says {name} = {data.get(name)}, the model has {getattr(layer, name)}. "
+                    "Plan again for this model."
+                )
+        stacks = data.get("stacks", {})
+        allowed = [{"gate_up", "down"}, {"gate", "up", "down"}] if layer.gated else [{"up", "down"}]
+        if set(stacks) not in allowed:
+            choices = " or ".join("{" + ", ".join(sorted(names)) + "}" for names in allowed)
+            raise UserError(f"{layer.name}: the plan has stacks {sorted(stacks)}, expected {choices}.")
+        forms = {
+            name: form_from_json(
+                form, experts=layer.experts, width=layer.stack_width(name), hidden=layer.hidden,
+                where=f"{layer.name} {name}",
+            )
+            for name, form in stacks.items()
+        }  # fmt: skip
+        return cls(layer, forms)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `factorise` reads besides weights and statistics.
+
+    Args:
+        model: folder or hub name, as the user wrote it.
+        method, options: which method and its keyword arguments.
+        ratio: fraction of the routed experts' parameters to remove, or None for a plan without a budget.
+        seed: of everything random.
+        layers: one entry a layer, in the model's order.
+    """
+
+    model: str
+    method: str
+    ratio: float | None
+    seed: int
+    layers: tuple[LayerPlan, ...]
+    options: dict = field(default_factory=dict)
+
+    @property
+    def original_count(self) -> int:
+        return sum(entry.layer.parameter_count for entry in self.layers)
+
+    def parameter_count(self) -> int:
+        return sum(entry.parameter_count() for entry in self.layers)
+
+    def achieved_ratio(self) -> float:
+        return 1 - self.parameter_count() / self.original_count
+
+    def to_json(self) -> dict:
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "method": self.method,
+            "options": self.options,
+            "ratio": self.ratio,
+            "seed": self.seed,
+            "expert_parameters": {"before": self.original_count, "after": self.parameter_count()},
+            "layers": [entry.to_json() for entry in self.layers],
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of what decides the result; editing white space or the counts does not change it."""
+        data = self.to_json()
+        data.pop("model"), data.pop("expert_parameters")
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def dumps(self) -> str:
+        """JSON with every list of numbers on one line, so that ranks can be read and edited."""
+        text = json.dumps(self.to_json(), indent=1)
+        return re.sub(r"\[[-\d\s,.e]*\]", lambda m: " ".join(m.group().split()), text) + "\n"
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.dumps())
+
+    @classmethod
+    def read(cls, path: Path, layers: list[ExpertLayer]) -> Plan:
+        """Reads and checks a plan against the model's layers; raises UserError naming the field that is wrong."""
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no plan there. Run `moefactor plan` first.") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}.") from None
+        if data.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version {data.get('format_version')!r}; this moefactor reads {FORMAT_VERSION}."
+            )
+        missing = [key for key in ("model", "method", "ratio", "seed", "layers") if key not in data]
+        if missing:
+            raise UserError(f"{path}: the plan lacks {', '.join(missing)}. Plan again.")
+        entries = {entry.get("name"): entry for entry in data["layers"]}
+        names = [layer.name for layer in layers]
+        if list(entries) != names:
+            odd = sorted(set(entries) ^ set(names), key=str)
+            raise UserError(f"{path}: the plan's layers are not the model's; they differ in {odd or 'their order'}.")
+        plan = cls(
+            model=data["model"], method=data["method"], options=data.get("options", {}), ratio=data["ratio"],
+            seed=data["seed"], layers=tuple(LayerPlan.from_json(entries[layer.name], layer) for layer in layers),
+        )  # fmt: skip
+        plan.check_budget()
+        return plan
+
+    def check_budget(self) -> None:
+        """Raises UserError when the ranks keep more than the ratio allows (ranks edited by hand)."""
+        if self.ratio is None:
+            return
+        budget = round((1 - self.ratio) * self.original_count)
+        if self.parameter_count() > budget:
+            raise UserError(
+                f"The plan keeps {self.parameter_count():,} expert parameters, ratio {self.ratio} allows {budget:,}. "
+                f'Lower some ranks, or set "ratio" in the plan to {self.achieved_ratio():.4f} or less '
+                "(null for no budget)."
+            )

@@ -1,0 +1,113 @@
+"""The files of one run: what each stage reads and writes.
+
+RUN/calibration.json        what was calibrated on
+RUN/stats/00003.safetensors one file a layer, by the layer's place among the expert layers
+RUN/plan.json
+RUN/layers/00003.safetensors  the compressed tensors of a layer
+RUN/journal.json            the finished layers: file, checksum, errors, seconds
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import file_digest, read_tensors, write_atomically, write_tensors
+from .errors import UserError
+from .plan import Plan
+from .stats import LayerStats
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished layer in the journal."""
+
+    sha256: str
+    errors: dict[str, float]
+    seconds: float
+
+
+class RunFolder:
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    # -- calibration ---------------------------------------------------------------------------------------------
+
+    def write_calibration(self, description: dict) -> None:
+        self._write_json("calibration.json", description)
+
+    def calibration(self) -> dict | None:
+        """What was calibrated on, or None while calibration has not finished."""
+        return self._read_json("calibration.json")
+
+    def write_stats(self, index: int, stats: LayerStats) -> None:
+        path = self._path("stats", index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, stats.tensors())
+
+    def stats(self, index: int, device: torch.device | str = "cpu") -> LayerStats | None:
+        path = self._path("stats", index)
+        return LayerStats(**read_tensors(path, device)) if path.is_file() else None
+
+    def write_plan(self, plan: Plan) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        plan.write(self.plan)
+
+    # -- factorised layers ---------------------------------------------------------------------------------------
+
+    def journal(self, digest: str) -> dict[int, Entry]:
+        """Finished layers whose files still are what was written. UserError when they belong to another plan."""
+        data = self._read_json("journal.json")
+        if data is None:
+            return {}
+        if data["plan"] != digest:
+            raise UserError(
+                f"{self.folder}: holds layers made from another plan or other options. Remove {self.folder / 'layers'} "
+                "and journal.json to start again, or choose another run folder."
+            )
+        entries = {int(index): Entry(**entry) for index, entry in data["layers"].items()}
+        return {
+            index: entry
+            for index, entry in entries.items()
+            if self.layer_file(index).is_file() and file_digest(self.layer_file(index)) == entry.sha256
+        }
+
+    def write_layer(self, index: int, tensors: dict[str, Tensor]) -> str:
+        self.layer_file(index).parent.mkdir(parents=True, exist_ok=True)
+        return write_tensors(self.layer_file(index), tensors)
+
+    def enter(self, digest: str, entries: dict[int, Entry]) -> None:
+        layers = {str(index): asdict(entry) for index, entry in sorted(entries.items())}
+        self._write_json("journal.json", {"plan": digest, "layers": layers})
+
+    def layer_file(self, index: int) -> Path:
+        return self._path("layers", index)
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        return read_tensors(self.layer_file(index))
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _path(self, kind: str, index: int) -> Path:
+        return self.folder / kind / f"{index:05d}.safetensors"
+
+    def _write_json(self, name: str, data: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / name, (json.dumps(data, indent=1) + "\n").encode())
+
+    def _read_json(self, name: str) -> dict | None:
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}. Remove it.") from None

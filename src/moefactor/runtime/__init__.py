@@ -1,0 +1,1 @@
+"""Compressed experts inside inference engines."""

@@ -1,0 +1,89 @@
+"""FactorisedExperts: the nn.Module that stands where a model's fused experts stood."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from ..experts import ExpertLayer
+from ..forms import Form, Routing
+from ..plan import LayerPlan
+
+# What nn.Module itself keeps in an instance; everything else is the architecture's own (limits, alphas, sizes).
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+class FactorisedExperts(nn.Module):
+    """Routed experts kept as factors: `experts(x, top_k_index, top_k_weights)`, routing already done.
+
+    Parameters are `{stack}_{tensor}` of the plan's forms, plus `first_bias` and `down_bias` where the model has biases.
+    No dense expert is built for SharedBasis and LowRank; other forms rebuild at most the experts that were hit.
+    """
+
+    def __init__(self, plan: LayerPlan, dtype: torch.dtype):
+        super().__init__()
+        self.layer: ExpertLayer = plan.layer
+        self.forms: dict[str, Form] = plan.forms
+        shapes = {f"{stack}_{name}": s for stack, form in plan.forms.items() for name, s in form.shapes().items()}
+        if self.layer.biased:
+            first = "gate_up" if self.layer.gated else "up"
+            shapes["first_bias"] = (self.layer.experts, self.layer.stack_width(first))
+            shapes["down_bias"] = (self.layer.experts, self.layer.hidden)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
+
+    @classmethod
+    def replacing(cls, original: nn.Module, plan: LayerPlan) -> FactorisedExperts:
+        """Built on the meta device, with the original's activation, attributes and gate, but none of its weights."""
+        module = cls(plan, next(original.parameters()).dtype)
+        own = {k: v for k, v in vars(original).items() if k not in _MODULE_STATE and k != "observer"}
+        module.__dict__.update(own)
+        for name, child in original.named_children():
+            module.add_module(name, child)
+        if plan.layer.gated:
+            module._apply_gate = MethodType(type(original)._apply_gate, module)
+        return module.train(original.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        routing = Routing(top_k_index, top_k_weights, self.layer.experts)
+        activations = self._activate(self._first(hidden_states, routing))
+        down, factors = self.forms["down"], self._factors("down")
+        if not self.has_post_expert_norm:
+            out = down.write_combined(factors, activations, routing)
+            if self.layer.biased:
+                out = out + self._combined_bias(routing)
+            return out.to(hidden_states.dtype)
+        # The norm works on one expert's output, so nothing may be summed before it.
+        pairs = down.write(factors, activations, routing)
+        if self.layer.biased:
+            pairs = pairs + self.down_bias[routing.expert]
+        return routing.combine(self.post_expert_norm(pairs)).to(hidden_states.dtype)
+
+    def _first(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """(pairs, 2I) gate then up, or (pairs, I) up, biases added."""
+        names = [name for name in ("gate_up", "gate", "up") if name in self.forms]
+        parts = [self.forms[name].read(self._factors(name), hidden_states, routing) for name in names]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return out + self.first_bias[routing.expert] if self.layer.biased else out
+
+    def _activate(self, first: Tensor) -> Tensor:
+        if not self.layer.gated:
+            return self.act_fn(first)
+        if not self.layer.concatenated:
+            gate, up = first.chunk(2, dim=1)
+            first = torch.stack((gate, up), dim=2).flatten(1)
+        return self._apply_gate(first)
+
+    def _combined_bias(self, routing: Routing) -> Tensor:
+        """Σ over a token's experts of weight · bias: one small product instead of a bias for every pair."""
+        share = torch.zeros(routing.tokens, routing.experts, dtype=torch.float32, device=routing.weight.device)
+        share.index_put_((routing.token, routing.expert), routing.weight.float(), accumulate=True)
+        return share.to(self.down_bias.dtype) @ self.down_bias
+
+    def _factors(self, stack: str) -> dict[str, Tensor]:
+        return {name: getattr(self, f"{stack}_{name}") for name in self.forms[stack].shapes()}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {type(form).__name__}" for name, form in self.forms.items())

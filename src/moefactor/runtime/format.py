@@ -1,0 +1,129 @@
+"""What a compressed folder says of itself: config.json, the trust_remote_code stub, the model card.
+
+docs/format.md describes it for other engines.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from ..errors import UserError
+from ..experts import ExpertLayer
+from ..plan import FORMAT_VERSION, LayerPlan, Plan
+
+QUANT_METHOD = "moefactor"
+STUB = "modeling_moefactor"
+STUB_CLASS = "MoefactorForCausalLM"
+
+
+def checkpoint_config(source: Path, plan: Plan) -> str:
+    """The source's config.json with our `quantization_config`, and two guards for readers without the package.
+
+    `experts_implementation` is a name that transformers refuses unless moefactor is imported; without it the model
+    would load with random experts and still generate.
+    """
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = quantization_config(plan)
+    config["experts_implementation"] = QUANT_METHOD
+    config["auto_map"] = {"AutoModelForCausalLM": f"{STUB}.{STUB_CLASS}"}
+    return json.dumps(config, indent=2) + "\n"
+
+
+def quantization_config(plan: Plan) -> dict:
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "package_version": version("moefactor"),
+        "method": plan.method,
+        "ratio": plan.ratio,
+        "plan_sha256": plan.digest(),
+        "layers": [entry.to_json() for entry in plan.layers],
+    }
+
+
+def layer_plans(config: dict, layers: list[ExpertLayer]) -> list[LayerPlan]:
+    """The layers of a `quantization_config`, checked against the model's; names match by the longest suffix,
+    since wrappers (vision-language models) change prefixes."""
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"This checkpoint has format_version {config.get('format_version')!r}, the installed moefactor reads "
+            f"{FORMAT_VERSION}. Install a version that reads it (made with {config.get('package_version')})."
+        )
+    entries = {entry["name"]: entry for entry in config["layers"]}
+    plans = []
+    for layer in layers:
+        entry = entries.get(layer.name) or entries.get(_longest_suffix(layer.name, entries))
+        if entry is None:
+            raise UserError(f"{layer.name}: the checkpoint's quantization_config does not describe these experts.")
+        plans.append(LayerPlan.from_json(entry, layer))
+    return plans
+
+
+def _longest_suffix(name: str, names: dict[str, dict]) -> str | None:
+    def shared(other: str) -> int:
+        pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(name.count("."), other.count(".")) + 1)
+
+    best = max(names, key=shared, default=None)
+    # Layer number and module must agree at least: `layers.3.mlp.experts`.
+    return best if best is not None and shared(best) >= 3 else None
+
+
+def loader_stub() -> dict[str, str]:
+    """File name -> content: what `trust_remote_code=True` runs. transformers itself says `pip install moefactor`
+    when the import below fails."""
+    content = f'''"""Loads this checkpoint with trust_remote_code=True; its experts are factorised by moefactor."""
+
+import moefactor  # pip install moefactor
+from transformers import AutoModelForCausalLM
+
+
+class {STUB_CLASS}:
+    """Not a model of its own: hands over to the architecture that config.json names."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class=None):
+        pass
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        kwargs.pop("trust_remote_code", None)
+        return AutoModelForCausalLM.from_pretrained(*args, trust_remote_code=False, **kwargs)
+'''
+    return {f"{STUB}.py": content}
+
+
+def model_card(plan: Plan, command: str) -> str:
+    before, after = plan.original_count, plan.parameter_count()
+    base = plan.model if not Path(plan.model).exists() else Path(plan.model).name
+    return f"""---
+base_model: {base}
+base_model_relation: quantized
+library_name: transformers
+tags:
+- moefactor
+- mixture-of-experts
+- compressed
+---
+
+# {base}, experts factorised
+
+Made by [moefactor](https://pypi.org/project/moefactor/) {version("moefactor")} with the method `{plan.method}`.
+
+| | before | after |
+|---|---|---|
+| parameters of the routed experts | {before:,} | {after:,} ({1 - after / before:.1%} removed) |
+
+```python
+import moefactor
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+Made by:
+
+    {command}
+"""

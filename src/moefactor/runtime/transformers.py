@@ -1,0 +1,89 @@
+"""The transformers plug-in: `import moefactor`, then plain `from_pretrained` loads a compressed folder.
+
+A quantizer replaces each fused experts module by FactorisedExperts before weights are loaded. Importing this module
+registers it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint import quiet, resolve
+from ..discover import find_experts
+from ..errors import UserError
+from .experts import FactorisedExperts
+from .format import QUANT_METHOD, layer_plans
+
+
+@register_quantization_config(QUANT_METHOD)
+class MoefactorConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed checkpoint: format_version, method, and the forms of every layer."""
+
+    def __init__(self, layers: list[dict] | None = None, format_version: int | None = None, **about: object):
+        about.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.layers = layers or []
+        for name, value in about.items():
+            setattr(self, name, value)
+
+
+@register_quantizer(QUANT_METHOD)
+class MoefactorQuantizer(HfQuantizer):
+    """Swaps the experts modules in; loading, saving, device maps and dtypes are transformers' own."""
+
+    requires_calibration = True  # only compressed checkpoints are loaded; compressing is `moefactor compress`
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> None:
+        layers = find_experts(model, model.config.name_or_path or type(model).__name__)
+        for plan in layer_plans(vars(self.quantization_config), layers):
+            parent_name, _, leaf = plan.layer.name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            setattr(parent, leaf, FactorisedExperts.replacing(getattr(parent, leaf), plan))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
+        unfilled = [n for n, p in model.named_parameters() if p.device.type == "meta"]
+        experts = {name for name, module in model.named_modules() if isinstance(module, FactorisedExperts)}
+        lost = [name for name in unfilled if name.rpartition(".")[0] in experts]
+        if lost:
+            raise UserError(f"{lost[0]}: missing from the checkpoint ({len(lost)} such tensors). Download it again.")
+        # Saved again by save_pretrained, so that a copy too is refused by readers without the package; the stub file
+        # is not copied along, so neither is its entry.
+        model.config.experts_implementation = QUANT_METHOD
+        if hasattr(model.config, "auto_map"):
+            del model.config.auto_map
+        return model
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Drops the rules for the experts, or tensor parallelism would all-reduce their output twice."""
+        for rule in [name for name in plan if ".experts" in name]:
+            del plan[rule]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _only_factorised(module: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+    raise UserError(
+        f"experts_implementation is 'moefactor', but {type(module).__name__} holds dense experts. "
+        "Load the compressed folder with from_pretrained, or choose another implementation."
+    )
+
+
+# Makes the name in config.json valid once the package is imported; FactorisedExperts does not dispatch through it.
+ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, _only_factorised)
+
+
+def load(name: str, *, device: torch.device | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A model, dense or compressed, whole on one device, as the other verbs use it."""
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, device_map=str(device)).eval()

@@ -1,0 +1,97 @@
+"""What calibration knows of a layer: sums over tokens, so that shards of the text merge by addition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+# What can be collected, and what each costs a layer in float32.
+STATISTICS = {
+    "routing": "tokens, Σg and Σg² of every expert (free)",
+    "input_moment": "Σ g² x xᵀ of every expert's input: experts × H × H",
+    "hidden_moment": "Σ g² h hᵀ of every expert's activation: experts × I × I",
+}
+
+
+@dataclass
+class LayerStats:
+    """Sums over the calibration tokens of one layer; g is the router weight of a (token, expert) pair.
+
+    count, weight, weight_square: (E,) tokens routed to e, Σg, Σg².
+    output_norm: (E,) Σ g·‖f_e(x)‖.
+    input_moment: (E, H, H) Σ g² x xᵀ.  hidden_moment: (E, I, I) Σ g² h hᵀ, h = act(gate)·up.
+    """
+
+    count: Tensor
+    weight: Tensor
+    weight_square: Tensor
+    output_norm: Tensor
+    input_moment: Tensor | None = None
+    hidden_moment: Tensor | None = None
+
+    @classmethod
+    def zeros(
+        cls, experts: int, hidden: int, intermediate: int, needs: Iterable[str], device: torch.device | str = "cpu"
+    ) -> LayerStats:
+        def square(size: int, name: str) -> Tensor | None:
+            return torch.zeros(experts, size, size, device=device) if name in needs else None
+
+        sums = (torch.zeros(experts, dtype=torch.float64, device=device) for _ in range(4))
+        return cls(
+            *sums,
+            input_moment=square(hidden, "input_moment"),
+            hidden_moment=square(intermediate, "hidden_moment"),
+        )
+
+    def add(self, expert: int, x: Tensor, h: Tensor, y: Tensor, g: Tensor) -> None:
+        """One expert's tokens of one batch: x (n, H), h (n, I), y (n, H), g (n,)."""
+        weight = g.double()
+        self.count[expert] += len(g)
+        self.weight[expert] += weight.sum()
+        self.weight_square[expert] += weight.square().sum()
+        self.output_norm[expert] += (weight * y.float().norm(dim=1)).sum()
+        for moment, rows in ((self.input_moment, x), (self.hidden_moment, h)):
+            if moment is not None:
+                scaled = rows.float() * g.float().unsqueeze(1)
+                moment[expert].addmm_(scaled.T, scaled)
+
+    def __add__(self, other: LayerStats) -> LayerStats:
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return LayerStats(*(None if a is None or b is None else a + b for a, b in pairs))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def frequency(self) -> Tensor:
+        """(E,) share of the (token, expert) pairs; uniform where nothing was seen."""
+        total = self.count.sum()
+        return self.count / total if total > 0 else torch.full_like(self.count, 1 / len(self.count))
+
+    def mean_moment(self, name: str, expert: int, layer: Tensor) -> Tensor:
+        """The expert's weighted mean of x xᵀ (or h hᵀ), float64, borrowing from the layer where tokens are few.
+
+        C_e ← (1−λ) C_e + λ C_layer, λ = n/(n + tokens) for n × n moments: half when there are as many tokens as
+        rows, the layer's own when there are none. A ridge of 1e-6 of the mean diagonal keeps it invertible.
+        `layer` is `layer_moment(name)`, which the caller keeps: it is a sum over all experts.
+        """
+        moments: Tensor = getattr(self, name)
+        size = moments.shape[-1]
+        share = size / (size + float(self.count[expert]))
+        own = moments[expert].double() / self.weight_square[expert].clamp(min=1e-300)
+        return _with_ridge((1 - share) * own + share * layer if self.count[expert] > 0 else layer)
+
+    def layer_moment(self, name: str) -> Tensor:
+        """The mean over all of the layer's tokens, float64; the identity where nothing was seen."""
+        moments: Tensor = getattr(self, name)
+        total = self.weight_square.sum()
+        if total == 0:
+            return torch.eye(moments.shape[-1], dtype=torch.float64, device=moments.device)
+        return _with_ridge(moments.sum(0, dtype=torch.float64) / total)
+
+
+def _with_ridge(moment: Tensor) -> Tensor:
+    mean = moment.diagonal().mean().clamp(min=1e-12)
+    return moment + 1e-6 * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)

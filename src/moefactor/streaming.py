@@ -1,0 +1,205 @@
+"""Run a model one decoder layer at a time: hidden states stay, weights come and go.
+
+One run of the embedding with every decoder layer replaced by a recording identity yields layer 0's input and the
+arguments (masks, positions) that each layer gets. Then each layer is loaded, run over all batches, and released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .checkpoint import Checkpoint, ModelReader, resolve
+from .discover import build_skeleton, decoder_layers, find_experts, read_config
+from .errors import UserError
+from .experts import ExpertLayer, ExpertWeights
+from .forms import Routing
+
+OBSERVED = "moefactor_observed"
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+Tick = Callable[[], None]
+
+
+def _nothing() -> None: ...
+
+
+def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """An experts module's forward, expert by expert, which shows each expert's tokens to `module.observer`.
+
+    Registered with transformers' ExpertsInterface, so it sees the experts call of every architecture.
+    """
+    routing = Routing(top_k_index, top_k_weights, module.down_proj.shape[0])
+    observer: Observer | None = getattr(module, "observer", None)
+    first_name = "gate_up_proj" if module.has_gate else "up_proj"
+    first, down = getattr(module, first_name), module.down_proj
+    rows = []
+    for expert, (start, end) in enumerate(routing.bounds):
+        if start == end:
+            continue
+        x = hidden_states[routing.token[start:end]]
+        h = _multiply(x, first[expert], module.is_transposed)
+        if module.has_bias:
+            h = h + getattr(module, first_name + "_bias")[expert]
+        h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+        y = _multiply(h, down[expert], module.is_transposed)
+        if module.has_bias:
+            y = y + module.down_proj_bias[expert]
+        if module.has_post_expert_norm:
+            y = module.post_expert_norm(y)
+        rows.append(y)
+        if observer is not None:
+            g = routing.weight[start:end]
+            seen = g != 0  # skipped pairs are routed to the last expert with weight 0
+            observer(expert, x[seen], h[seen], y[seen], g[seen])
+    return routing.combine(torch.cat(rows)).to(hidden_states.dtype)
+
+
+def _multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return x @ weight if transposed else x @ weight.T
+
+
+ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)
+
+
+@dataclass
+class Activations:
+    """Hidden states entering a layer, and each layer's other arguments; one entry a batch."""
+
+    states: list[Tensor]  # (batch, tokens, H)
+    arguments: list[dict[str, tuple[tuple, dict]]]  # decoder layer -> args after the hidden states, kwargs
+
+
+class StreamedModel:
+    """A model whose decoder layers are loaded one at a time.
+
+    Args:
+        name: folder or hub name.
+        device: where layers are loaded and run.
+        dtype: that they are run in; None for the checkpoint's own, or float32 on a CPU without bfloat16 instructions,
+            where emulation takes three times as long.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+        self.name = name
+        self.device = torch.device(device)
+        self.folder: Path = resolve(name)
+        self.config = read_config(self.folder, name)
+        _refuse_quantised(self.config, name)
+        self.stored_dtype: torch.dtype = self.config.dtype or torch.float32
+        self.model = build_skeleton(self.config, name, dtype or _compute_dtype(self.stored_dtype, self.device))
+        self.experts: list[ExpertLayer] = find_experts(self.model, name)
+        self.decoder_layers = decoder_layers(self.model, self.experts)
+        self.reader = ModelReader(Checkpoint(self.folder), self.model)
+        self.model.set_experts_implementation(OBSERVED)
+
+    def experts_of(self, decoder_layer: str) -> ExpertLayer | None:
+        return next((e for e in self.experts if e.decoder_layer == decoder_layer), None)
+
+    @contextmanager
+    def loaded(self, prefix: str) -> Iterator[nn.Module]:
+        """The module at `prefix` with its weights, for the length of the context."""
+        self.reader.load(prefix, self.device)
+        try:
+            yield self.model.get_submodule(prefix)
+        finally:
+            self.reader.release(prefix)
+
+    def expert_weights(self, layer: ExpertLayer) -> ExpertWeights:
+        """One layer's experts; nothing stays behind in the skeleton."""
+        with self.loaded(layer.name) as module:
+            return ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
+
+    @torch.no_grad()
+    def embed(self, batches: list[Tensor]) -> Activations:
+        """batches of token ids (batch, tokens) -> what enters the first decoder layer."""
+        decoder = self.model.get_decoder()
+        path = next(name for name, module in self.model.named_modules() if module is decoder)
+        owner = self.decoder_layers[0].rpartition(".")[0]
+        self.reader.load(path, self.device, without=(owner,))
+        _to_device(decoder, self.device)
+        states, arguments = [], []
+        layers = {name: self.model.get_submodule(name) for name in self.decoder_layers}
+        try:
+            for ids in batches:
+                record: dict[str, tuple[tuple, dict]] = {}
+                for name, layer in layers.items():
+                    layer.forward = _recorder(name, record)
+                decoder(input_ids=ids.to(self.device), use_cache=False)
+                states.append(record[self.decoder_layers[0]][0][0])
+                rest = {name: (args[1:], kwargs) for name, (args, kwargs) in record.items()}
+                arguments.append(_share(rest, arguments[0]) if arguments else rest)
+        finally:
+            for layer in layers.values():
+                del layer.forward
+        self.reader.release(path)
+        return Activations(states, arguments)
+
+    @torch.no_grad()
+    def run(self, decoder_layer: str, activations: Activations, *, keep: bool = True, tick: Tick = _nothing) -> None:
+        """Runs the loaded layer over all batches; its outputs replace the hidden states unless `keep` is off."""
+        layer = self.model.get_submodule(decoder_layer)
+        for index, state in enumerate(activations.states):
+            args, kwargs = activations.arguments[index][decoder_layer]
+            out = layer(state, *args, **kwargs)
+            if keep:
+                activations.states[index] = out[0] if isinstance(out, tuple) else out
+            tick()
+
+
+def _recorder(name: str, record: dict) -> Callable:
+    def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        record[name] = ((hidden_states, *args), kwargs)
+        return hidden_states
+
+    return forward
+
+
+def _share(value: object, other: object) -> object:
+    """`value` with every tensor that equals the one at the same place in `other` replaced by that one.
+
+    Masks and positions are the same in every batch; kept once, they cost nothing.
+    """
+    if isinstance(value, Tensor):
+        same = isinstance(other, Tensor) and value.shape == other.shape and value.dtype == other.dtype
+        return other if same and torch.equal(value, other) else value
+    if isinstance(value, dict):
+        known = other if isinstance(other, dict) else {}
+        return {key: _share(item, known.get(key)) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        known = other if isinstance(other, tuple | list) and len(other) == len(value) else [None] * len(value)
+        return type(value)(_share(a, b) for a, b in zip(value, known, strict=True))
+    return value
+
+
+def _compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    slow = device.type == "cpu" and stored.itemsize < 4 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if slow else stored
+
+
+def _to_device(module: nn.Module, device: torch.device) -> None:
+    """Moves the buffers, which are real from the start; parameters arrive where they are wanted."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                part._buffers[name] = buffer.to(device)
+
+
+def _refuse_quantised(config: object, name: str) -> None:
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return
+    kind = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    if kind == "moefactor":
+        raise UserError(f"{name}: compressed by moefactor already. Start from the model it came from.")
+    raise UserError(f"{name}: quantised with {kind}; compress the unquantised checkpoint, then quantise.")
+
+
+def default_device() -> torch.device:
+    """CUDA when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,117 @@
+"""Text to calibrate and measure on: files, folders, `datasets` names, or what every Python brings along."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from .errors import UserError
+
+# Name -> (repository, configuration, text column); the splits are train to calibrate on and test to measure on.
+DATASETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
+    "c4": ("allenai/c4", "en", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
+}
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+STREAMED_DOCUMENTS = 20_000  # of c4 and other unbounded sets; more than any calibration reads
+
+
+def read_text(source: str | None, *, split: str = "train") -> str:
+    """The text behind a name.
+
+    Args:
+        source: a text file (.jsonl: the field `text` of each line), a folder of such files, a name of DATASETS or of
+            the hub's datasets; None for the language reference that every Python has (`pydoc_data.topics`).
+        split: of a dataset.
+    """
+    if source is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+        if not files:
+            raise UserError(f"{source}: no text files in this folder ({', '.join(SUFFIXES)}).")
+        text = "\n\n".join(_read_file(f) for f in files)
+    elif path.is_file():
+        text = _read_file(path)
+    elif source in DATASETS or (source.count("/") <= 1 and not path.suffix):
+        text = _read_dataset(source, split)
+    else:
+        raise UserError(f"{source}: no such text file or folder.")
+    if not text.strip():
+        raise UserError(f"{source}: the text is empty.")
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}).") from None
+    if path.suffix != ".jsonl":
+        return text
+    try:
+        return "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{path}: every line must be a JSON object with a field 'text'.") from None
+
+
+def _read_dataset(name: str, split: str) -> str:
+    from datasets import load_dataset
+
+    repository, configuration, column = DATASETS.get(name, (name, None, "text"))
+    split = "validation" if name == "c4" and split == "test" else split
+    try:
+        rows = load_dataset(repository, configuration, split=split, streaming=True).take(STREAMED_DOCUMENTS)
+        # wikitext's rows are lines of one text, the others' are documents.
+        return ("" if name == "wikitext2" else "\n\n").join(row[column] for row in rows)
+    except KeyError:
+        raise UserError(f"{name}: this dataset has no column {column!r}.") from None
+    except Exception as error:  # the library raises a different type for every way a download fails
+        known = ", ".join(DATASETS)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name}: neither a text file here nor a dataset that can be loaded now ({reason}). Named ones: {known}."
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> object:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
+
+
+def model_length(config: object, wanted: int | None, default: int = 2048) -> int:
+    """Tokens a window: what was asked for, or 2048, or the most the model takes."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or default
+    if wanted is not None and wanted > most:
+        raise UserError(f"Windows of {wanted} tokens: this model takes {most} at most.")
+    return wanted or min(default, most)
+
+
+def tokenise(tokenizer: object, text: str) -> Tensor:
+    """(tokens,) ids of a text, whatever its length."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def windows(ids: Tensor, length: int, what: str) -> Tensor:
+    """(n, length): the text cut into consecutive windows, the rest dropped, as the papers measure."""
+    count = len(ids) // length
+    if count == 0:
+        raise UserError(f"{what}: {len(ids)} tokens are too few for one window of {length}.")
+    return ids[: count * length].view(count, length)
+
+
+def sample_windows(ids: Tensor, length: int, samples: int, seed: int, what: str) -> Tensor:
+    """(≤ samples, length): a random choice of the text's windows, in the text's order."""
+    every = windows(ids, length, what)
+    chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:samples]
+    return every[chosen.sort().values]
