@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .experts import ExpertLayer
-from .forms import Form
+from .plan import LayerPlan
 
 RULES = ("uniform", "score", "loss")
 
@@ -25,7 +25,7 @@ class Offer:
 
     Args:
         stack: the part of the layer it belongs to; `score` splits a stack's budget over the stack's offers.
-        unit_cost: parameters a unit.
+        unit_cost, curvature: n units cost unit_cost·n − curvature·n² parameters.
         maximum: units beyond which there is nothing to gain.
         share: its original parameters, what `uniform` is proportional to.
         score: what the rule `score` is proportional to.
@@ -40,16 +40,31 @@ class Offer:
     score: float = 1.0
     gains: Tensor | None = None
     minimum: int = 1
+    curvature: int = 0
+
+    def cost(self, units: int) -> int:
+        return self.unit_cost * units - self.curvature * units * units
+
+    def units(self, parameters: float) -> float:
+        """The inverse of `cost`."""
+        if not self.curvature:
+            return parameters / self.unit_cost
+        discriminant = max(0.0, self.unit_cost**2 - 4 * self.curvature * parameters)
+        return (self.unit_cost - discriminant**0.5) / (2 * self.curvature)
 
 
 @dataclass(frozen=True)
 class LayerOffers:
-    """A layer's offers, what it stores whatever is bought, and the forms that a purchase means."""
+    """A layer's offers, what it stores whatever is bought, and what a purchase makes of the layer.
+
+    `equal`: every offer of every layer gets the same number of units, as an ordinary checkpoint demands.
+    """
 
     layer: ExpertLayer
     fixed: int
     offers: tuple[Offer, ...]
-    forms: Callable[[list[int]], dict[str, Form]]
+    plan: Callable[[list[int]], LayerPlan]
+    equal: bool = False
 
 
 def water_fill(weights: Tensor, low: Tensor, high: Tensor, budget: float) -> Tensor:
@@ -86,20 +101,28 @@ def spend(layers: list[LayerOffers], budget: int, rule: str, *, multiple: int = 
     available = budget - sum(layer.fixed for layer in layers)
     block = [min(multiple, o.maximum) for o in offers]
     low = [max(o.minimum, b) for o, b in zip(offers, block, strict=True)]
-    if sum(n * o.unit_cost for n, o in zip(low, offers, strict=True)) > available:
+    if _total(offers, low) > available:
         if multiple > 1:
             return spend(layers, budget, rule, multiple=1)
         _refuse(layers)
-    if rule == "loss":
+    if layers[0].equal:
+        least = max(low)
+        units = [max(n for n in range(least, offers[0].maximum + 1) if _total(offers, [n] * len(offers)) <= available)]
+        units *= len(offers)
+    elif rule == "loss":
         units = _by_loss(offers, low, block, available)
     else:
         units = _proportional(layers, offers, low, block, available, by_score=rule == "score")
     return _split(units, layers)
 
 
+def _total(offers: list[Offer], units: list[int]) -> int:
+    return sum(offer.cost(n) for offer, n in zip(offers, units, strict=True))
+
+
 def _refuse(layers: list[LayerOffers]) -> None:
     total = sum(layer.layer.parameter_count for layer in layers)
-    least = sum(layer.fixed + sum(o.minimum * o.unit_cost for o in layer.offers) for layer in layers)
+    least = sum(layer.fixed + sum(o.cost(o.minimum) for o in layer.offers) for layer in layers)
     reach = int((1 - least / total) * 1000) / 1000
     raise UserError(
         "This ratio can't be reached: what stays as it is "
@@ -113,8 +136,8 @@ def _proportional(
     layers: list[LayerOffers], offers: list[Offer], low: list[int], block: list[int], available: int, *, by_score: bool
 ) -> list[int]:
     cost = torch.tensor([o.unit_cost for o in offers], dtype=torch.float64)
-    lows = torch.tensor(low, dtype=torch.float64) * cost
-    highs = torch.tensor([o.maximum for o in offers], dtype=torch.float64) * cost
+    lows = torch.tensor([o.cost(n) for o, n in zip(offers, low, strict=True)], dtype=torch.float64)
+    highs = torch.tensor([o.cost(o.maximum) for o in offers], dtype=torch.float64)
     share = torch.tensor([o.share for o in offers], dtype=torch.float64)
     if not by_score:
         parameters = water_fill(share, lows, highs, available)
@@ -134,7 +157,7 @@ def _proportional(
             # Ranks, not parameters, are proportional to the score; floor it, or a group of score 0 stalls the search.
             score = torch.tensor([max(offers[i].score, 1e-9) for i in m], dtype=torch.float64)
             parameters[m] = water_fill(score * cost[m], lows[m], highs[m], stack_budget)
-    wanted = (parameters / cost).tolist()
+    wanted = [offer.units(p) for offer, p in zip(offers, parameters.tolist(), strict=True)]
     return _to_blocks(offers, wanted, low, block, available)
 
 
@@ -145,23 +168,24 @@ def _to_blocks(offers: list[Offer], wanted: list[float], low: list[int], block: 
         blocks = int(want / size + 1e-9)
         units.append(max(least, blocks * size))
         fraction.append(round(want / size - blocks, 6))
-    left = available - sum(n * o.unit_cost for n, o in zip(units, offers, strict=True))
+    left = available - _total(offers, units)
     order = sorted(range(len(offers)), key=lambda i: -fraction[i])
     bought = True
     while bought:
         bought = False
         for i in order:
             step = min(block[i], offers[i].maximum - units[i])
-            if step > 0 and step * offers[i].unit_cost <= left:
+            price = offers[i].cost(units[i] + step) - offers[i].cost(units[i])
+            if step > 0 and price <= left:
                 units[i] += step
-                left -= step * offers[i].unit_cost
+                left -= price
                 bought = True
     return units
 
 
 def _by_loss(offers: list[Offer], low: list[int], block: list[int], available: int) -> list[int]:
     units = list(low)
-    left = available - sum(n * o.unit_cost for n, o in zip(units, offers, strict=True))
+    left = available - _total(offers, units)
     values, owner = [], []
     for index, (offer, least, size) in enumerate(zip(offers, low, block, strict=True)):
         blocks = offer.gains[least:].double().split(size)

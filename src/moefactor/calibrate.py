@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .errors import unknown
+from .experts import ExpertLayer, ExpertWeights
 from .progress import Progress, Steps, silent
 from .run_folder import RunFolder
-from .stats import STATISTICS, LayerStats
+from .stats import GRADIENTS, STATISTICS, LayerStats
 from .streaming import Activations, StreamedModel, Tick
 from .text import load_tokenizer, model_length, read_text, sample_windows, tokenise
 
@@ -58,7 +60,7 @@ def observe(
     if layer is None:
         model.run(decoder_layer, activations, keep=keep, tick=tick)
         return None
-    stats = LayerStats.zeros(layer.experts, layer.hidden, layer.intermediate, needs, model.device)
+    stats = LayerStats.zeros(layer, needs, model.device)
     module = model.model.get_submodule(layer.name)
     module.observer = stats.add
     try:
@@ -73,7 +75,8 @@ def calibrate(
 ) -> None:
     """Writes the dense model's statistics of every expert layer into the run folder.
 
-    A finished calibration of the same text and statistics is left as it is.
+    A finished calibration of the same text and statistics is left as it is. Gradient statistics take the model
+    through a backward pass as well, one layer at a time: every layer's inputs wait on disk meanwhile.
     """
     for name in needs:
         if name not in STATISTICS:
@@ -82,15 +85,72 @@ def calibrate(
     description = {**calibration.description, "statistics": sorted(needs)}
     if run.calibration() == description:
         return
-    activations = model.embed(calibration.batches)
+    batches = calibration.batches
+    if "fisher" in needs:  # each sequence's gradient is squared on its own
+        batches = [row for batch in batches for row in batch.split(1)]
+    gradients = needs & GRADIENTS
     last = model.experts[-1].decoder_layer
-    layers = model.decoder_layers[: model.decoder_layers.index(last) + 1]
-    steps = Steps(progress, STAGE, len(layers) * len(calibration.batches))
-    for decoder_layer in layers:
+    layers = model.decoder_layers
+    if not gradients:
+        layers = layers[: layers.index(last) + 1]
+    places = {layer.decoder_layer: index for index, layer in enumerate(model.experts)}
+    steps = Steps(progress, STAGE, len(layers) * len(batches) * (2 if gradients else 1))
+    activations = model.embed(batches)
+    for number, decoder_layer in enumerate(layers):
+        if gradients:
+            run.write_activations(number, activations.states)
+        keep = bool(gradients) or decoder_layer != last
         with model.loaded(decoder_layer):
-            stats = observe(model, decoder_layer, activations, needs, keep=decoder_layer != last, tick=steps.tick)
+            stats = observe(model, decoder_layer, activations, needs - gradients, keep=keep, tick=steps.tick)
         if stats is not None:
-            index = [e.decoder_layer for e in model.experts].index(decoder_layer)
-            run.write_stats(index, stats)
+            run.write_stats(places[decoder_layer], stats)
         steps.detail = decoder_layer
+    if gradients:
+        _calibrate_backward(model, run, batches, activations, gradients, places, steps)
+        run.drop_activations()
     run.write_calibration(description)
+
+
+def _calibrate_backward(
+    model: StreamedModel, run: RunFolder, batches: list[Tensor], activations: Activations, needs: set[str],
+    places: dict[str, int], steps: Steps,
+) -> None:  # fmt: skip
+    """Adds the gradient statistics, from the last decoder layer down to the first that has experts."""
+    flowing = model.loss_gradients(batches, activations)
+    first = model.experts[0].decoder_layer
+    for number in reversed(range(len(model.decoder_layers))):
+        decoder_layer = model.decoder_layers[number]
+        activations.states = run.activations(number, model.device)
+        layer = model.experts_of(decoder_layer)
+        steps.detail = f"{decoder_layer}, backward"
+        with model.loaded(decoder_layer):
+            if layer is None:
+                model.backward(decoder_layer, activations, flowing, steps.tick)
+                continue
+            stats = LayerStats.zeros(layer, needs, model.device)
+            module = model.model.get_submodule(layer.name)
+            if "output_gradient" in needs:
+                module.gradient_observer = stats.add_gradient
+            if "fisher" in needs:
+                module.requires_grad_(True)
+
+            def after_batch(layer: ExpertLayer = layer, module: nn.Module = module, stats: LayerStats = stats) -> None:
+                if "fisher" in needs:
+                    _add_fisher(layer, module, stats)
+                steps.tick()
+
+            model.backward(decoder_layer, activations, flowing, after_batch, keep=decoder_layer != first)
+            vars(module).pop("gradient_observer", None)
+        index = places[decoder_layer]
+        run.write_stats(index, run.stats(index, model.device).with_gradients(stats))
+        if decoder_layer == first:
+            return
+
+
+def _add_fisher(layer: ExpertLayer, module: nn.Module, stats: LayerStats) -> None:
+    """Adds the square of the gradients that one sequence left on the experts' weights, and clears them."""
+    gradients = {name: p.grad for name, p in module.named_parameters(recurse=False)}
+    canonical = ExpertWeights.from_model_layout(layer, gradients)
+    parts = [canonical.stack(name) for name in layer.projections]
+    stats.fisher += torch.cat(parts, dim=1).float().square()
+    module.zero_grad()

@@ -148,7 +148,7 @@ class ModelReader:
         """
 
         def inside(name: str) -> bool:
-            return name.startswith(prefix + ".") and not name.startswith(tuple(w + "." for w in without))
+            return name.startswith(prefix + "." if prefix else "") and not name.startswith(tuple(w + "." for w in without))
 
         wanted = [name for name, target in self.targets.items() if inside(target)]
         with self.checkpoint.slices(wanted) as slices, quiet():
@@ -175,6 +175,7 @@ class ModelReader:
             )
         module = self.model.get_submodule(prefix)
         check_finite(prefix, {n: p for n, p in module.named_parameters() if p.device.type != "meta"})
+        module.requires_grad_(False)
 
     def release(self, prefix: str) -> None:
         """Returns the parameters under `prefix` to the meta device."""

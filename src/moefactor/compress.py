@@ -15,6 +15,7 @@ from .methods import get
 from .planning import check_ratio, make_plan
 from .progress import Progress, silent
 from .run_folder import RunFolder
+from .stats import GRADIENTS
 from .streaming import StreamedModel, default_device
 
 
@@ -67,8 +68,9 @@ def compress(
     if needs or later or calibration is not None:  # read now, so that bad text fails before anything is written
         text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
     folder = RunFolder(run or output.with_name(output.name + ".run"))
-    if needs or (later and not sequential):
-        calibrate(streamed, folder, text, needs | later if not sequential else needs, progress=progress)
+    upfront = needs | (later & GRADIENTS if sequential else later)
+    if upfront:
+        calibrate(streamed, folder, text, upfront, progress=progress)
     plan = make_plan(
         streamed, chosen, completed, ratio, run=folder, allocation=allocation, rank_multiple=rank_multiple, seed=seed,
         progress=progress,

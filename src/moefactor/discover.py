@@ -55,13 +55,24 @@ def is_fused_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_concatenated") and isinstance(down, nn.Parameter) and down.ndim == 3
 
 
-def describe(name: str, module: nn.Module, decoder_layer: str) -> ExpertLayer:
+def describe(name: str, module: nn.Module, decoder_layer: str, config: PretrainedConfig) -> ExpertLayer:
     experts, rows, columns = module.down_proj.shape
     hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
     return ExpertLayer(
         name, decoder_layer, experts=experts, intermediate=intermediate, hidden=hidden, gated=module.has_gate,
         concatenated=module.is_concatenated, transposed=module.is_transposed, biased=module.has_bias,
+        **_router_limits(config),
     )  # fmt: skip
+
+
+def _router_limits(config: PretrainedConfig) -> dict[str, int]:
+    """What group-limited top-k routing asks of the experts that are left."""
+    text = config.get_text_config()
+    top_k = next((getattr(text, n) for n in ("num_experts_per_tok", "moe_k", "moe_topk") if hasattr(text, n)), 1)
+    groups, chosen = getattr(text, "n_group", None) or 1, getattr(text, "topk_group", None) or 1
+    # DeepSeek-V3 ranks groups by the sum of their two best experts.
+    per_group = max(-(-top_k // chosen), 2 if groups > 1 else 1)
+    return {"router_groups": groups, "fewest_experts": per_group * groups}
 
 
 def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:
@@ -73,7 +84,7 @@ def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:
             owner = next((p for p in lists if path.startswith(p + ".")), None)
             if owner is None:
                 raise UserError(f"{name}: experts at {path} are not inside a list of decoder layers.")
-            found.append(describe(path, module, owner + "." + path.removeprefix(owner + ".").split(".")[0]))
+            found.append(describe(path, module, owner + "." + path.removeprefix(owner + ".").split(".")[0], model.config))
     if not found:
         raise UserError(_why_none(model, name))
     return found

@@ -29,6 +29,8 @@ class ExpertLayer:
         concatenated: gate rows then up rows; otherwise they alternate (gpt_oss).
         transposed: stored as (E, in, out) rather than (E, out, in).
         biased: has a bias on every projection.
+        router_groups, fewest_experts: for methods that drop experts: a group-limited router needs as many left in each
+            of its groups, and top-k needs at least `fewest_experts` in all.
     """
 
     name: str
@@ -40,6 +42,8 @@ class ExpertLayer:
     concatenated: bool = True
     transposed: bool = False
     biased: bool = False
+    router_groups: int = 1
+    fewest_experts: int = 1
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -163,14 +167,17 @@ class CompressedExperts:
     Args:
         layer: what the layer was.
         forms: stack name -> Form. The stacks cover gate, up and down exactly once.
-        tensors: `{stack}_{tensor}` -> tensor, plus `first_bias` and `down_bias` where the model has them.
+        tensors: `{stack}_{tensor}` -> tensor, plus `first_bias` and `down_bias` where the model has them, and
+            `intercept` (n, H) where the plan names experts for it.
         errors: stack name -> ‖W − Ŵ‖² / ‖W‖² in the metric that the method minimised.
+        curves: stack name -> a solver's loss after each step.
     """
 
     layer: ExpertLayer
     forms: dict[str, object]
     tensors: dict[str, Tensor]
     errors: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
     def factors(self, stack: str) -> dict[str, Tensor]:
         prefix = stack + "_"

@@ -46,7 +46,7 @@ def export_dense(name: str, output: str | Path, *, progress: Progress = silent) 
             writer.add(reader.disk_layout(_dense_layer(checkpoint, plan)))
             steps.tick()
         writer.copy_plain(checkpoint, [n for n in checkpoint.files if not n.startswith(ours)])
-        writer.companions(folder, skip=("plan.json", f"{STUB}.py"))
+        writer.companions(folder, skip=("plan.json", "compression.json", f"{STUB}.py"))
         writer.text("config.json", json.dumps(plain, indent=2) + "\n")
     return output
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from .calibrate import Calibration, observe
 from .checkpoint import CheckpointWriter
 from .errors import UserError
 from .experts import ExpertWeights
 from .methods import Method
+from .methods.base import accepted
 from .plan import LayerPlan, Plan
 from .progress import Progress, Steps, silent
 from .run_folder import Entry, RunFolder
 from .runtime.experts import FactorisedExperts
 from .runtime.format import checkpoint_config, loader_stub, model_card
-from .stats import LayerStats
+from .stats import GRADIENTS, LayerStats
 from .streaming import Activations, StreamedModel
 
 STAGE = "factorise"
@@ -94,7 +99,10 @@ class _Job:
 
     def observe_and_finish(self, index: int, activations: Activations, needs: set[str], steps: Steps) -> str:
         layer = self.plan.layers[index].layer
-        stats = observe(self.model, layer.decoder_layer, activations, needs, keep=False, tick=steps.tick)
+        gradients = needs & GRADIENTS
+        stats = observe(self.model, layer.decoder_layer, activations, needs - gradients, keep=False, tick=steps.tick)
+        if gradients:  # the dense model's, from calibration
+            stats = stats.with_gradients(self.run.stats(index, self.model.device))
         module = self.model.model.get_submodule(layer.name)
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
         return self.finish(index, weights, stats)
@@ -103,10 +111,13 @@ class _Job:
         """Factorises one layer, writes it, enters it in the journal; returns a line for the progress bar."""
         started = time.perf_counter()
         layer_plan = self.plan.layers[index]
-        compressed = self.method.factorise(weights, stats, layer_plan, seed=self.plan.seed + index, **self.plan.options)
+        options = accepted(self.method.factorise, self.plan.options)
+        compressed = self.method.factorise(weights, stats, layer_plan, seed=self.plan.seed + index, **options)
         dtype, prefix = self.model.stored_dtype, layer_plan.layer.name
-        sha256 = self.run.write_layer(index, {f"{prefix}.{k}": v.to(dtype) for k, v in compressed.tensors.items()})
-        self.done[index] = Entry(sha256, compressed.errors, round(time.perf_counter() - started, 3))
+        sha256 = self.run.write_layer(index, _named(prefix, compressed.tensors, dtype))
+        seconds = round(time.perf_counter() - started, 3)
+        curves = {stack: _thinned(curve) for stack, curve in compressed.curves.items()}
+        self.done[index] = Entry(sha256, compressed.errors, seconds, curves)
         self.run.enter(self.digest, self.done)
         error = max(compressed.errors.values(), default=0.0)
         return f"{layer_plan.layer.decoder_layer}, relative error {error:.3f}"
@@ -132,6 +143,18 @@ class _Job:
             setattr(parent, leaf, original)
 
 
+def _named(prefix: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors under their names in the checkpoint, rounded to its dtype; indices stay whole numbers."""
+    return {f"{prefix}.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def _thinned(curve: list[float], points: int = 200) -> list[float]:
+    """At most `points` of a loss curve, the first and the last among them."""
+    if len(curve) <= points:
+        return curve
+    return [curve[round(i * (len(curve) - 1) / (points - 1))] for i in range(points)]
+
+
 def write_checkpoint(model: StreamedModel, plan: Plan, run: RunFolder, output: Path, command: str) -> None:
     """Puts the journal's layers and the rest of the model together; the output appears whole or not at all."""
     prefixes = tuple(layer.name + "." for layer in model.experts)
@@ -143,6 +166,7 @@ def write_checkpoint(model: StreamedModel, plan: Plan, run: RunFolder, output: P
         writer.companions(model.folder)
         writer.text("config.json", checkpoint_config(model.folder, plan))
         writer.text("plan.json", plan.dumps())
+        writer.text("compression.json", json.dumps(run.report(), indent=1) + "\n")
         for name, content in loader_stub().items():
             writer.text(name, content)
         writer.text("README.md", model_card(plan, command))

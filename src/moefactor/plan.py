@@ -9,29 +9,57 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import UserError
 from .experts import ExpertLayer
-from .forms import Form, form_from_json
+from .forms import Dense, Form, Ragged, form_from_json
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer becomes: a form for every stack (`gate_up` or `gate` and `up`, `down`)."""
+    """What one layer becomes: a form for every stack (`gate_up` or `gate` and `up`, `down`).
+
+    Args:
+        layer: the experts as the model has them.
+        kept: the experts that stay where some are dropped and the router cut; None for all. Forms hold these only.
+        intercept: experts to whose output a constant vector is added.
+    """
 
     layer: ExpertLayer
     forms: dict[str, Form]
+    kept: tuple[int, ...] | None = None
+    intercept: tuple[int, ...] = ()
+
+    @property
+    def remaining(self) -> ExpertLayer:
+        """The layer without the experts that were dropped."""
+        return self.layer if self.kept is None else replace(self.layer, experts=len(self.kept))
 
     def parameter_count(self) -> int:
-        return sum(form.parameter_count() for form in self.forms.values()) + self.layer.bias_count
+        forms = sum(form.parameter_count() for form in self.forms.values())
+        return forms + self.remaining.bias_count + len(self.intercept) * self.layer.hidden
+
+    def standard(self) -> tuple[int, int] | None:
+        """(experts, width) when an ordinary MoE of that shape holds the result: fewer experts, or narrower ones."""
+        if self.intercept or not all(isinstance(form, Dense | Ragged) for form in self.forms.values()):
+            return None
+        widths = {w for form in self.forms.values() if isinstance(form, Ragged) for w in form.widths}
+        if len(widths) > 1 or 0 in widths:
+            return None
+        return self.remaining.experts, *(widths or {self.layer.intermediate})
 
     def to_json(self) -> dict:
         shape = {"experts": self.layer.experts, "intermediate": self.layer.intermediate, "hidden": self.layer.hidden}
-        return {"name": self.layer.name, **shape, "stacks": {name: form.to_json() for name, form in self.forms.items()}}
+        data = {"name": self.layer.name, **shape}
+        if self.kept is not None:
+            data["kept"] = list(self.kept)
+        if self.intercept:
+            data["intercept"] = list(self.intercept)
+        return {**data, "stacks": {name: form.to_json() for name, form in self.forms.items()}}
 
     @classmethod
     def from_json(cls, data: dict, layer: ExpertLayer) -> LayerPlan:
@@ -46,14 +74,20 @@ class LayerPlan:
         if set(stacks) not in allowed:
             choices = " or ".join("{" + ", ".join(sorted(names)) + "}" for names in allowed)
             raise UserError(f"{layer.name}: the plan has stacks {sorted(stacks)}, expected {choices}.")
+        kept, intercept = data.get("kept"), tuple(data.get("intercept", ()))
+        for field_name, ids in (("kept", kept), ("intercept", intercept)):
+            if ids is not None and (sorted(set(ids)) != list(ids) or not set(ids) <= set(range(layer.experts))):
+                raise UserError(f"{layer.name}: {field_name!r} must be ascending experts below {layer.experts}.")
+        if kept is not None and len(kept) < layer.fewest_experts:
+            raise UserError(f"{layer.name}: the router needs {layer.fewest_experts} experts, the plan keeps {len(kept)}.")
         forms = {
             name: form_from_json(
-                form, experts=layer.experts, width=layer.stack_width(name), hidden=layer.hidden,
+                form, experts=layer.experts if kept is None else len(kept), width=layer.stack_width(name), hidden=layer.hidden,
                 where=f"{layer.name} {name}",
             )
             for name, form in stacks.items()
         }  # fmt: skip
-        return cls(layer, forms)
+        return cls(layer, forms, kept if kept is None else tuple(kept), intercept)
 
 
 @dataclass(frozen=True)
@@ -81,6 +115,11 @@ class Plan:
 
     def parameter_count(self) -> int:
         return sum(entry.parameter_count() for entry in self.layers)
+
+    def standard(self) -> tuple[int, int] | None:
+        """(experts, width) when the result is an ordinary, smaller MoE; None when it needs moefactor to run."""
+        shapes = {entry.standard() for entry in self.layers}
+        return shapes.pop() if len(shapes) == 1 else None
 
     def achieved_ratio(self) -> float:
         return 1 - self.parameter_count() / self.original_count

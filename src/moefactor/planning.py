@@ -5,7 +5,8 @@ from __future__ import annotations
 from .allocate import RULES, LayerOffers, spend
 from .errors import UserError, unknown
 from .methods import Method
-from .plan import LayerPlan, Plan
+from .methods.base import accepted
+from .plan import Plan
 from .progress import Progress, Steps, silent
 from .run_folder import RunFolder
 from .streaming import StreamedModel
@@ -46,11 +47,11 @@ def make_plan(
     for index, layer in enumerate(model.experts):
         stats = run.stats(index, model.device)
         steps.detail = layer.decoder_layer
-        offers.append(method.offers(model.expert_weights(layer), stats, seed=seed + index, **options))
+        offers.append(method.offers(model.expert_weights(layer), stats, seed=seed + index, **accepted(method.offers, options)))
         steps.tick()
     total = sum(layer.parameter_count for layer in model.experts)
     bought = spend(offers, int((1 - ratio) * total), rule, multiple=rank_multiple)
-    layers = tuple(LayerPlan(o.layer, o.forms(units)) for o, units in zip(offers, bought, strict=True))
+    layers = tuple(offer.plan(units) for offer, units in zip(offers, bought, strict=True))
     return Plan(model.name, method.name, ratio, seed, layers, options)
 
 

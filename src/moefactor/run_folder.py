@@ -4,16 +4,18 @@ RUN/calibration.json        what was calibrated on
 RUN/stats/00003.safetensors one file a layer, by the layer's place among the expert layers
 RUN/plan.json
 RUN/layers/00003.safetensors  the compressed tensors of a layer
-RUN/journal.json            the finished layers: file, checksum, errors, seconds
+RUN/journal.json            the finished layers: file, checksum, errors, loss curves, seconds
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import file_digest, read_tensors, write_atomically, write_tensors
@@ -29,6 +31,7 @@ class Entry:
     sha256: str
     errors: dict[str, float]
     seconds: float
+    curves: dict[str, list[float]]
 
 
 class RunFolder:
@@ -56,6 +59,19 @@ class RunFolder:
     def stats(self, index: int, device: torch.device | str = "cpu") -> LayerStats | None:
         path = self._path("stats", index)
         return LayerStats(**read_tensors(path, device)) if path.is_file() else None
+
+    def write_activations(self, number: int, states: list[Tensor]) -> None:
+        """What enters a decoder layer, kept for the backward pass."""
+        path = self._path("activations", number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({str(index): state.cpu().contiguous() for index, state in enumerate(states)}, path)
+
+    def activations(self, number: int, device: torch.device | str) -> list[Tensor]:
+        states = read_tensors(self._path("activations", number), device)
+        return [states[str(index)] for index in range(len(states))]
+
+    def drop_activations(self) -> None:
+        shutil.rmtree(self.folder / "activations")
 
     def write_plan(self, plan: Plan) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +103,10 @@ class RunFolder:
     def enter(self, digest: str, entries: dict[int, Entry]) -> None:
         layers = {str(index): asdict(entry) for index, entry in sorted(entries.items())}
         self._write_json("journal.json", {"plan": digest, "layers": layers})
+
+    def report(self) -> dict:
+        """The journal and what was calibrated on, for the finished checkpoint."""
+        return {"calibration": self.calibration(), **self._read_json("journal.json")}
 
     def layer_file(self, index: int) -> Path:
         return self._path("layers", index)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from .experts import ExpertLayer
 
 # What can be collected, and what each costs a layer in float32.
 STATISTICS = {
     "routing": "tokens, Σg and Σg² of every expert (free)",
     "input_moment": "Σ g² x xᵀ of every expert's input: experts × H × H",
     "hidden_moment": "Σ g² h hᵀ of every expert's activation: experts × I × I",
+    "hidden_square": "Σ h² and Σ g² h of every channel: experts × I, twice",
+    "output_gradient": "Σ ∇ ∇ᵀ of the loss at every expert's output: experts × H × H, and a backward pass",
+    "fisher": "Σ over sequences of the squared gradient of every weight: as many as weights, and a backward pass",
 }
+# Those of the dense model's loss: they need a backward pass, and cannot be had while the model is being compressed.
+GRADIENTS = frozenset({"output_gradient", "fisher"})
 
 
 @dataclass
@@ -23,6 +30,9 @@ class LayerStats:
     count, weight, weight_square: (E,) tokens routed to e, Σg, Σg².
     output_norm: (E,) Σ g·‖f_e(x)‖.
     input_moment: (E, H, H) Σ g² x xᵀ.  hidden_moment: (E, I, I) Σ g² h hᵀ, h = act(gate)·up.
+    hidden_square, hidden_sum: (E, I) Σ h² and Σ g² h.
+    output_gradient: (E, H, H) Σ ∇ ∇ᵀ, ∇ = g · ∂(Σ loss)/∂y at the expert's output, router weight included.
+    fisher: (E, projections·I, H) Σ over sequences of (∂loss/∂W)², gate then up then downᵀ.
     """
 
     count: Tensor
@@ -31,19 +41,27 @@ class LayerStats:
     output_norm: Tensor
     input_moment: Tensor | None = None
     hidden_moment: Tensor | None = None
+    hidden_square: Tensor | None = None
+    hidden_sum: Tensor | None = None
+    output_gradient: Tensor | None = None
+    fisher: Tensor | None = None
 
     @classmethod
-    def zeros(
-        cls, experts: int, hidden: int, intermediate: int, needs: Iterable[str], device: torch.device | str = "cpu"
-    ) -> LayerStats:
-        def square(size: int, name: str) -> Tensor | None:
-            return torch.zeros(experts, size, size, device=device) if name in needs else None
+    def zeros(cls, layer: ExpertLayer, needs: Iterable[str], device: torch.device | str = "cpu") -> LayerStats:
+        experts, hidden, width = layer.experts, layer.hidden, layer.intermediate
+
+        def sums_of(name: str, *shape: int) -> Tensor | None:
+            return torch.zeros(experts, *shape, device=device) if name in needs else None
 
         sums = (torch.zeros(experts, dtype=torch.float64, device=device) for _ in range(4))
         return cls(
             *sums,
-            input_moment=square(hidden, "input_moment"),
-            hidden_moment=square(intermediate, "hidden_moment"),
+            input_moment=sums_of("input_moment", hidden, hidden),
+            hidden_moment=sums_of("hidden_moment", width, width),
+            hidden_square=sums_of("hidden_square", width),
+            hidden_sum=sums_of("hidden_square", width),
+            output_gradient=sums_of("output_gradient", hidden, hidden),
+            fisher=sums_of("fisher", len(layer.projections) * width, hidden),
         )
 
     def add(self, expert: int, x: Tensor, h: Tensor, y: Tensor, g: Tensor) -> None:
@@ -58,9 +76,22 @@ class LayerStats:
                 scaled = rows.float() * g.float().unsqueeze(1)
                 moment[expert].addmm_(scaled.T, scaled)
 
+        if self.hidden_square is not None:
+            self.hidden_square[expert] += h.float().square().sum(0)
+            self.hidden_sum[expert] += (h.float() * g.float().square().unsqueeze(1)).sum(0)
+
+    def add_gradient(self, expert: int, gradient: Tensor) -> None:
+        """gradient (n, H): ∇ at the expert's output for its tokens of one batch."""
+        rows = gradient.float()
+        self.output_gradient[expert].addmm_(rows.T, rows)
+
     def __add__(self, other: LayerStats) -> LayerStats:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return LayerStats(*(None if a is None or b is None else a + b for a, b in pairs))
+
+    def with_gradients(self, other: LayerStats) -> LayerStats:
+        """These sums, with the gradient statistics of `other`."""
+        return replace(self, **{name: getattr(other, name) for name in GRADIENTS})
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

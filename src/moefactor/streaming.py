@@ -30,7 +30,8 @@ def _nothing() -> None: ...
 
 
 def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """An experts module's forward, expert by expert, which shows each expert's tokens to `module.observer`.
+    """An experts module's forward, expert by expert, which shows each expert's tokens to `module.observer` and, in a
+    backward pass, the loss gradient at each expert's output to `module.gradient_observer`.
 
     Registered with transformers' ExpertsInterface, so it sees the experts call of every architecture.
     """
@@ -54,10 +55,22 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
             y = module.post_expert_norm(y)
         rows.append(y)
         if observer is not None:
-            g = routing.weight[start:end]
+            g = routing.weight[start:end].detach()
             seen = g != 0  # skipped pairs are routed to the last expert with weight 0
-            observer(expert, x[seen], h[seen], y[seen], g[seen])
-    return routing.combine(torch.cat(rows)).to(hidden_states.dtype)
+            observer(expert, x[seen].detach(), h[seen].detach(), y[seen].detach(), g[seen])
+    out = routing.combine(torch.cat(rows)).to(hidden_states.dtype)
+    watcher = getattr(module, "gradient_observer", None)
+    if watcher is not None and out.requires_grad:
+        out.register_hook(lambda gradient: _show_gradients(watcher, routing, gradient))
+    return out
+
+
+def _show_gradients(watcher: Callable[[int, Tensor], None], routing: Routing, gradient: Tensor) -> None:
+    """The output is Σ g·y over a token's experts, so the gradient at y is g times the output's."""
+    for expert, (start, end) in enumerate(routing.bounds):
+        if end > start:
+            weight = routing.weight[start:end].detach().unsqueeze(1)
+            watcher(expert, gradient[routing.token[start:end]] * weight)
 
 
 def _multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
@@ -150,6 +163,50 @@ class StreamedModel:
             if keep:
                 activations.states[index] = out[0] if isinstance(out, tuple) else out
             tick()
+
+
+    def loss_gradients(self, batches: list[Tensor], activations: Activations, tick: Tick = _nothing) -> list[Tensor]:
+        """∂(Σ next-token loss)/∂(what the last decoder layer puts out), a batch at a time: (batch, tokens, H).
+
+        The whole model is run with its decoder layers left out, so norms, heads and logit scalings are its own.
+        """
+        owner = self.decoder_layers[0].rpartition(".")[0]
+        self.reader.load("", self.device, without=(owner,))
+        _to_device(self.model, self.device)
+        self.model.tie_weights()
+        layers = [self.model.get_submodule(name) for name in self.decoder_layers]
+        gradients = []
+        try:
+            for ids, state in zip(batches, activations.states, strict=True):
+                leaf = state.detach().requires_grad_()
+                for layer in layers:
+                    layer.forward = lambda hidden_states, *args, leaf=leaf, **kwargs: leaf
+                ids = ids.to(self.device)
+                logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+                loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="sum")
+                gradients.append(torch.autograd.grad(loss, leaf)[0])
+                tick()
+        finally:
+            for layer in layers:
+                del layer.forward
+        self.reader.release("")
+        return gradients
+
+    def backward(
+        self, decoder_layer: str, activations: Activations, gradients: list[Tensor],
+        after_batch: Callable[[], None] = _nothing, *, keep: bool = True,
+    ) -> None:  # fmt: skip
+        """Takes the gradients at the loaded layer's outputs back to its inputs, in place unless `keep` is off."""
+        layer = self.model.get_submodule(decoder_layer)
+        for index, state in enumerate(activations.states):
+            args, kwargs = activations.arguments[index][decoder_layer]
+            leaf = state.detach().requires_grad_()
+            with torch.enable_grad():
+                out = layer(leaf, *args, **kwargs)
+                torch.autograd.backward(out[0] if isinstance(out, tuple) else out, gradients[index])
+            if keep:
+                gradients[index] = leaf.grad
+            after_batch()
 
 
 def _recorder(name: str, record: dict) -> Callable:

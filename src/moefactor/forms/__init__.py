@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from ..errors import UserError, unknown
 from .base import Form, Routing, grouped_linear
+from .base_plus_delta import BasePlusDelta
+from .basis_mixture import BasisMixture
 from .dense import Dense
+from .ragged import Ragged
 from .residual import SparseResidual
 from .shared_basis import SharedBasis
+from .shared_private import SharedPrivate
 
-__all__ = ["FORMS", "Dense", "Form", "Routing", "SharedBasis", "SparseResidual", "form_from_json", "grouped_linear",
-            "low_rank"]  # fmt: skip
+__all__ = ["FORMS", "BasePlusDelta", "BasisMixture", "Dense", "Form", "Ragged", "Routing", "SharedBasis",
+           "SharedPrivate", "SparseResidual", "form_from_json", "grouped_linear", "low_rank"]  # fmt: skip
 
-FORMS = {"dense": Dense, "shared_basis": SharedBasis, "low_rank": SharedBasis, "sparse_residual": SparseResidual}
+FORMS: dict[str, type[Form]] = {
+    "dense": Dense,
+    "low_rank": SharedBasis,
+    "shared_basis": SharedBasis,
+    "shared_private": SharedPrivate,
+    "basis_mixture": BasisMixture,
+    "base_plus_delta": BasePlusDelta,
+    "ragged": Ragged,
+    "sparse_residual": SparseResidual,
+}
 
 
 def low_rank(experts: int, width: int, hidden: int, ranks: tuple[int, ...]) -> SharedBasis:

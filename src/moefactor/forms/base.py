@@ -123,6 +123,10 @@ class Form(ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor stored."""
 
+    def integers(self) -> frozenset[str]:
+        """Names of the tensors that hold indices (int32); the others have the checkpoint's dtype."""
+        return frozenset()
+
     @abstractmethod
     def dense(self, factors: Factors, expert: int) -> Tensor:
         """(width, H) of one expert, rebuilt."""

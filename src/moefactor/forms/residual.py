@@ -55,6 +55,9 @@ class SparseResidual(Form):
         # As in SharedBasis: JSON keeps membership, not order.
         object.__setattr__(self, "groups", tuple(tuple(sorted(g)) for g in self.groups))
 
+    def integers(self) -> frozenset[str]:
+        return self.inner.integers()
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {**self.inner.shapes(), "residual": (sum(self.sizes),)}
 

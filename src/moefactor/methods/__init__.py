@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ..errors import unknown
-from . import rfid, shared_basis, svd, whitened_svd
+from . import channels, d2moe, mobe, reap, rfid, shared_basis, slbf, svd, whitened_svd
 from .base import Method
 
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (svd, whitened_svd, shared_basis, rfid)}
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD for module in (svd, whitened_svd, shared_basis, rfid, mobe, d2moe, slbf, reap, channels)
+}
 
 
 def get(name: str) -> Method:

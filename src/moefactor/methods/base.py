@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import get_args, get_origin
 
@@ -64,11 +64,13 @@ class Stack:
         name: `gate_up`, `gate`, `up` or `down`.
         weights: (E, width, H), seen from the hidden side.
         stats: of the layer, or None.
+        flipped: seen from the other side instead, (E, H, width), for methods that share the private factor.
     """
 
     name: str
     weights: Tensor
     stats: LayerStats | None
+    flipped: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,21 +78,37 @@ class Stack:
 
     @property
     def writes(self) -> bool:
-        """True for down: what it multiplies lies on its width, not on the hidden side."""
-        return self.name == "down"
+        """Whether what the matrices multiply lies on their rows: true for down, whose inputs are its width."""
+        return (self.name == "down") != self.flipped
 
     @property
     def _moments(self) -> str:
-        return "hidden_moment" if self.writes else "input_moment"
+        return "hidden_moment" if self.name == "down" else "input_moment"
 
     @cached_property
     def layer_moment(self) -> Tensor:
         """Second moment over all of the layer's tokens of what its matrices multiply, float64."""
         return self.stats.layer_moment(self._moments)
 
+    def of(self, weights: Tensor) -> Stack:
+        """Other weights under the same inputs: deltas, say."""
+        return replace(self, weights=weights)
+
+    def flip(self) -> Stack:
+        return replace(self, weights=self.weights.transpose(1, 2), flipped=not self.flipped)
+
     def moment(self, expert: int) -> Tensor:
         """The same of one expert's own tokens: (H, H), or (width, width) for down."""
         return self.stats.mean_moment(self._moments, expert, self.layer_moment)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One stack's result: the form's tensors, the relative squared error, and a solver's loss after each step."""
+
+    factors: Factors
+    error: float
+    curve: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,7 @@ def lift(
     summary: str,
     paper: str,
     offers: Callable[..., StackOffers],
-    factorise: Callable[..., tuple[Factors, float]],
+    factorise: Callable[..., Fitted],
     *,
     description: str,
     joint: bool,
@@ -120,11 +138,10 @@ def lift(
 
     Args:
         offers: (stack, **options) -> StackOffers; `seed` too, if it takes one.
-        factorise: (stack, form, *, seed, **options) -> (tensors of the form, relative squared error).
+        factorise: (stack, form, *, seed, **options) -> Fitted.
         joint: whether gate and up share factors unless the user says otherwise (`--joint`).
         projections: those compressed unless the user says otherwise (`--projections`).
     """
-    own = {n: p for f in (offers, factorise) for n, p in _keywords(f).items() if n != "seed"}
     common = {
         "projections": _parameter("projections", tuple[str, ...], projections),
         "joint": _parameter("joint", bool, joint),
@@ -140,8 +157,8 @@ def lift(
         parts: dict[str, StackOffers | Dense] = {}
         for stack, members in stacks.items():
             if set(members) & set(projections):
-                accepted = _accepted(offers, options | {"seed": seed})
-                parts[stack] = offers(Stack(stack, weights.stack(stack), stats), **accepted)
+                taken = accepted(offers, options | {"seed": seed})
+                parts[stack] = offers(Stack(stack, weights.stack(stack), stats), **taken)
             else:
                 parts[stack] = Dense(layer.experts, layer.stack_width(stack), layer.hidden)
         fixed = layer.bias_count + sum(
@@ -149,7 +166,7 @@ def lift(
         )
         every = [o for part in parts.values() if isinstance(part, StackOffers) for o in part.offers]
 
-        def forms(units: list[int]) -> dict[str, Form]:
+        def plan(units: list[int]) -> LayerPlan:
             bought, chosen = list(units), {}
             for stack, part in parts.items():
                 if isinstance(part, Dense):
@@ -157,28 +174,30 @@ def lift(
                 else:
                     chosen[stack] = part.form(bought[: len(part.offers)])
                     del bought[: len(part.offers)]
-            return chosen
+            return LayerPlan(layer, chosen)
 
-        return LayerOffers(layer, fixed, tuple(every), forms)
+        return LayerOffers(layer, fixed, tuple(every), plan)
 
     def layer_factorise(
         weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int,
         projections: tuple[str, ...] = (), joint: bool = True, **options,
     ) -> CompressedExperts:  # fmt: skip
-        tensors, errors = dict(weights.biases()), {}
+        tensors, errors, curves = dict(weights.biases()), {}, {}
         for stack, form in plan.forms.items():
             matrix = weights.stack(stack)
             if isinstance(form, Dense):
                 factors = {"weight": matrix}
             else:
-                factors, errors[stack] = factorise(
-                    Stack(stack, matrix, stats), form, seed=seed, **_accepted(factorise, options)
-                )
+                fitted = factorise(Stack(stack, matrix, stats), form, seed=seed, **accepted(factorise, options))
+                factors, errors[stack] = fitted.factors, fitted.error
+                if fitted.curve:
+                    curves[stack] = list(fitted.curve)
             tensors |= {f"{stack}_{key}": value for key, value in factors.items()}
-        return CompressedExperts(weights.layer, dict(plan.forms), tensors, errors)
+        return CompressedExperts(weights.layer, dict(plan.forms), tensors, errors, curves)
 
     return Method(
-        name, summary, paper, description, layer_offers, layer_factorise, own | common, plan_needs, factorise_needs,
+        name, summary, paper, description, layer_offers, layer_factorise,
+        options_of(offers, factorise) | common, plan_needs, factorise_needs,
         allocation,
     )  # fmt: skip
 
@@ -207,6 +226,11 @@ def stack_error(stack: Stack, form: Form, factors: Factors, *, weighted: bool) -
     return relative_error(stack.weights, lambda e: form.dense(factors, e), stack.moment)
 
 
+def options_of(*functions: Callable) -> dict[str, inspect.Parameter]:
+    """The keyword-only arguments of a method's functions, but for the seed: its options."""
+    return {n: p for f in functions for n, p in _keywords(f).items() if n != "seed"}
+
+
 def _check_projections(layer: ExpertLayer, projections: tuple[str, ...]) -> None:
     for name in projections:
         if name not in ("gate", "up", "down"):
@@ -220,7 +244,10 @@ def _keywords(function: Callable) -> dict[str, inspect.Parameter]:
     return {n: p for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
-def _accepted(function: Callable, options: dict) -> dict:
+def accepted(function: Callable, options: dict) -> dict:
+    """Those of a method's options that one of its functions takes."""
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
+        return options
     return {name: value for name, value in options.items() if name in _keywords(function)}
 
 

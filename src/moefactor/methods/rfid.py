@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..forms import SharedBasis, SparseResidual
-from ..forms.base import Factors
 from ..linalg import effective_rank, spectrum, top_eigenvectors
-from .base import Stack, StackOffers, gram, lift, stack_error
+from .base import Fitted, Stack, StackOffers, gram, lift, stack_error
 from .shared_basis import Group, consecutive, grouped_offers
 
 
@@ -66,7 +65,7 @@ def offers(
 
 def factorise(
     stack: Stack, form: SharedBasis | SparseResidual, *, seed: int, refine_steps: int = 0, refine_rate: float = 0.02
-) -> tuple[Factors, float]:
+) -> Fitted:
     """`refine_steps`: Adam steps of the paper's own fit (0: the closed form, which it cannot beat)."""
     basis_form = form.inner if isinstance(form, SparseResidual) else form
     bases, privates = [], {}
@@ -82,7 +81,7 @@ def factorise(
     if isinstance(form, SparseResidual):
         rebuilt = torch.stack([basis_form.dense(factors, e) for e in range(form.experts)])
         factors["residual"] = form.catch(stack.weights.double() - rebuilt)
-    return factors, stack_error(stack, form, factors, weighted=False)
+    return Fitted(factors, stack_error(stack, form, factors, weighted=False))
 
 
 def _refine(weights: Tensor, basis: Tensor, *, steps: int, rate: float) -> tuple[Tensor, Tensor]:

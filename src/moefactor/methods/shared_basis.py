@@ -13,9 +13,8 @@ from torch import Tensor
 from ..allocate import Offer
 from ..errors import UserError
 from ..forms import SharedBasis
-from ..forms.base import Factors
 from ..linalg import spectrum, top_eigenvectors, weighted_least_squares, whitening
-from .base import Stack, StackOffers, gram, lift, stack_error
+from .base import Fitted, Stack, StackOffers, gram, lift, stack_error
 
 Group = tuple[int, ...]
 
@@ -51,7 +50,7 @@ def grouped_offers(
     )
 
 
-def factorise(stack: Stack, form: SharedBasis, *, seed: int, whitened: bool = True) -> tuple[Factors, float]:
+def factorise(stack: Stack, form: SharedBasis, *, seed: int, whitened: bool = True) -> Fitted:
     bases, privates = [], {}
     for group, rank in zip(form.groups, form.ranks, strict=True):
         basis = top_eigenvectors(group_gram(stack, group, whitened=whitened), rank)
@@ -66,7 +65,7 @@ def factorise(stack: Stack, form: SharedBasis, *, seed: int, whitened: bool = Tr
                 private = weight @ basis.T  # orthonormal rows; a metric on the private side cancels
             privates[expert] = private.T
     factors = form.pack(bases, privates)
-    return factors, stack_error(stack, form, factors, weighted=whitened)
+    return Fitted(factors, stack_error(stack, form, factors, weighted=whitened))
 
 
 def group_gram(stack: Stack, group: Group, *, whitened: bool) -> Tensor:

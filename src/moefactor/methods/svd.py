@@ -10,9 +10,8 @@ import torch
 
 from ..allocate import Offer
 from ..forms import SharedBasis, low_rank
-from ..forms.base import Factors
 from ..linalg import truncated_svd
-from .base import Stack, StackOffers, lift, stack_error
+from .base import Fitted, Stack, StackOffers, lift, stack_error
 
 
 def offers(stack: Stack) -> StackOffers:
@@ -33,14 +32,14 @@ def per_expert_offers(stack: Stack, whitened: torch.Tensor) -> StackOffers:
     )
 
 
-def factorise(stack: Stack, form: SharedBasis, *, seed: int) -> tuple[Factors, float]:
+def factorise(stack: Stack, form: SharedBasis, *, seed: int) -> Fitted:
     bases, privates = [], {}
     for expert, rank in enumerate(form.ranks):
         left, right = truncated_svd(stack.weights[expert].float(), rank)
         privates[expert] = left.T
         bases.append(right)
     factors = form.pack(bases, privates)
-    return factors, stack_error(stack, form, factors, weighted=False)
+    return Fitted(factors, stack_error(stack, form, factors, weighted=False))
 
 
 METHOD = lift(

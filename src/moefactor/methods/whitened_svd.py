@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..forms import SharedBasis
-from ..forms.base import Factors
 from ..linalg import truncated_svd, whitening
-from .base import Stack, StackOffers, lift, stack_error
+from .base import Fitted, Stack, StackOffers, lift, stack_error
 from .svd import per_expert_offers
 
 
@@ -24,7 +23,7 @@ def offers(stack: Stack) -> StackOffers:
     return per_expert_offers(stack, torch.stack(whitened).float())
 
 
-def factorise(stack: Stack, form: SharedBasis, *, seed: int) -> tuple[Factors, float]:
+def factorise(stack: Stack, form: SharedBasis, *, seed: int) -> Fitted:
     bases, privates = [], {}
     for expert, rank in enumerate(form.ranks):
         whitened, inverse = _whiten(stack, expert)
@@ -36,7 +35,7 @@ def factorise(stack: Stack, form: SharedBasis, *, seed: int) -> tuple[Factors, f
         privates[expert] = left.T
         bases.append(right)
     factors = form.pack(bases, privates)
-    return factors, stack_error(stack, form, factors, weighted=True)
+    return Fitted(factors, stack_error(stack, form, factors, weighted=True))
 
 
 def _whiten(stack: Stack, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,12 +27,17 @@ class FactorisedExperts(nn.Module):
         self.layer: ExpertLayer = plan.layer
         self.forms: dict[str, Form] = plan.forms
         shapes = {f"{stack}_{name}": s for stack, form in plan.forms.items() for name, s in form.shapes().items()}
+        indices = {f"{stack}_{name}" for stack, form in plan.forms.items() for name in form.integers()}
         if self.layer.biased:
             first = "gate_up" if self.layer.gated else "up"
             shapes["first_bias"] = (self.layer.experts, self.layer.stack_width(first))
             shapes["down_bias"] = (self.layer.experts, self.layer.hidden)
+        self.intercept_ids = list(plan.intercept)
+        if plan.intercept:
+            shapes["intercept"] = (len(plan.intercept), self.layer.hidden)
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
+            empty = torch.empty(shape, dtype=torch.int32 if name in indices else dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=name not in indices))
 
     @classmethod
     def replacing(cls, original: nn.Module, plan: LayerPlan) -> FactorisedExperts:
@@ -52,13 +57,13 @@ class FactorisedExperts(nn.Module):
         down, factors = self.forms["down"], self._factors("down")
         if not self.has_post_expert_norm:
             out = down.write_combined(factors, activations, routing)
-            if self.layer.biased:
-                out = out + self._combined_bias(routing)
+            if self.layer.biased or self.intercept_ids:
+                out = out + self._combined_constants(routing)
             return out.to(hidden_states.dtype)
         # The norm works on one expert's output, so nothing may be summed before it.
         pairs = down.write(factors, activations, routing)
-        if self.layer.biased:
-            pairs = pairs + self.down_bias[routing.expert]
+        if self.layer.biased or self.intercept_ids:
+            pairs = pairs + self._constants()[routing.expert]
         return routing.combine(self.post_expert_norm(pairs)).to(hidden_states.dtype)
 
     def _first(self, hidden_states: Tensor, routing: Routing) -> Tensor:
@@ -76,11 +81,20 @@ class FactorisedExperts(nn.Module):
             first = torch.stack((gate, up), dim=2).flatten(1)
         return self._apply_gate(first)
 
-    def _combined_bias(self, routing: Routing) -> Tensor:
-        """Σ over a token's experts of weight · bias: one small product instead of a bias for every pair."""
+    def _constants(self) -> Tensor:
+        """(E, H): what each expert adds whatever its input, the model's bias and the intercept."""
+        constants = self.down_bias if self.layer.biased else self.intercept.new_zeros(self.layer.experts, self.layer.hidden)
+        if not self.intercept_ids:
+            return constants
+        ids = torch.tensor(self.intercept_ids, device=constants.device)
+        return constants.index_add(0, ids, self.intercept)
+
+    def _combined_constants(self, routing: Routing) -> Tensor:
+        """Σ over a token's experts of weight · constant: one small product instead of an addition for every pair."""
         share = torch.zeros(routing.tokens, routing.experts, dtype=torch.float32, device=routing.weight.device)
         share.index_put_((routing.token, routing.expert), routing.weight.float(), accumulate=True)
-        return share.to(self.down_bias.dtype) @ self.down_bias
+        constants = self._constants()
+        return share.to(constants.dtype) @ constants
 
     def _factors(self, stack: str) -> dict[str, Tensor]:
         return {name: getattr(self, f"{stack}_{name}") for name in self.forms[stack].shapes()}

@@ -1,0 +1,175 @@
+"""BasisMixture: W_e = A_eᵀ · f(Σ_j α_ej B_j), bases shared, mixing weights and A_e private.
+
+MoBE (arXiv 2508.05257) with full bases, SLBF with bases of low rank, B_j = U_j V_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, unknown
+from .base import Factors, Form, Routing, grouped_linear
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "identity": lambda x: x}
+REBUILT_AT_ONCE = 8  # experts' bases in memory together
+
+
+@dataclass(frozen=True)
+class BasisMixture(Form):
+    """`private` (E, r, width), `mix` (E, m), and the bases.
+
+    Full bases: `basis` (G, m, r, H). Of rank k, gauge-fixed: `basis_pivots` (G, m, k) int32, the rows in which U_j is
+    the identity; `basis_left` (G, m, r−k, k), its other rows in order; `basis_right` (G, m, k, H).
+
+    Args:
+        bases: m, of each group.
+        rank: r, rows of a basis.
+        activation: f, a name of ACTIVATIONS.
+        groups: G runs of E/G consecutive experts, each with bases of its own.
+        basis_rank: k, or 0 for full bases.
+    """
+
+    bases: int
+    rank: int
+    activation: str = "silu"
+    groups: int = 1
+    basis_rank: int = 0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        each, k = (self.groups, self.bases), self.basis_rank
+        shapes = {"private": (self.experts, self.rank, self.width), "mix": (self.experts, self.bases)}
+        if not k:
+            return {**shapes, "basis": (*each, self.rank, self.hidden)}
+        return {
+            **shapes,
+            "basis_pivots": (*each, k),
+            "basis_left": (*each, self.rank - k, k),
+            "basis_right": (*each, k, self.hidden),
+        }
+
+    def integers(self) -> frozenset[str]:
+        return frozenset({"basis_pivots"} if self.basis_rank else ())
+
+    def expert_bases(self, factors: Factors, experts: list[int]) -> Tensor:
+        """(n, r, H): f(Σ_j α_ej B_j) of some experts of one group."""
+        group = experts[0] // (self.experts // self.groups)
+        mix = factors["mix"][experts]
+        if not self.basis_rank:
+            mixed = (mix @ factors["basis"][group].flatten(1)).view(-1, self.rank, self.hidden)
+        else:
+            left = self.full_left(factors, group)  # (m, r, k)
+            # Σ_j α_j U_j V_j as one product: [α_1 U_1 … α_m U_m] · [V_1; …; V_m]
+            wide = torch.einsum("nj,jrk->nrjk", mix, left).flatten(2)
+            mixed = wide @ factors["basis_right"][group].flatten(0, 1)
+        return ACTIVATIONS[self.activation](mixed)
+
+    def full_left(self, factors: Factors, group: int) -> Tensor:
+        """(m, r, k): U_j with its identity rows put back."""
+        pivots, rest = factors["basis_pivots"][group].long(), factors["basis_left"][group]
+        full = rest.new_zeros(self.bases, self.rank, self.basis_rank)
+        full.scatter_(1, pivots.unsqueeze(2).expand(-1, -1, self.basis_rank), _identities(pivots, rest))
+        return full.scatter(1, _others(pivots, self.rank).unsqueeze(2).expand_as(rest), rest)
+
+    def dense(self, factors: Factors, expert: int) -> Tensor:
+        return factors["private"][expert].T @ self.expert_bases(factors, [expert])[0]
+
+    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
+        parts = []
+        for experts, window, offsets in self._hit(routing):
+            basis = self.expert_bases(factors, experts)
+            latent = grouped_linear(tokens[routing.token[window]], basis.transpose(1, 2), offsets)
+            parts.append(grouped_linear(latent, factors["private"][experts], offsets))
+        return torch.cat(parts)
+
+    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
+        parts = []
+        for experts, window, offsets in self._hit(routing):
+            latent = grouped_linear(activations[window], factors["private"][experts].transpose(1, 2), offsets)
+            parts.append(grouped_linear(latent, self.expert_bases(factors, experts), offsets))
+        return torch.cat(parts)
+
+    def _hit(self, routing: Routing) -> Iterator[tuple[list[int], slice, Tensor]]:
+        """Runs of experts that have rows, a few at a time, so that bases of the others are never rebuilt."""
+        size = self.experts // self.groups
+        hit = [(e, a, b) for e, (a, b) in enumerate(routing.bounds) if b > a]
+        while hit:
+            group = hit[0][0] // size
+            run = [entry for entry in hit[:REBUILT_AT_ONCE] if entry[0] // size == group]
+            hit = hit[len(run) :]
+            start = run[0][1]
+            ends = torch.tensor([b - start for *_, b in run], dtype=torch.int32, device=routing.expert.device)
+            yield [e for e, *_ in run], slice(start, run[-1][2]), ends
+
+    def to_json(self) -> dict:
+        return {
+            "form": "basis_mixture", "bases": self.bases, "rank": self.rank, "activation": self.activation,
+            "groups": self.groups, "basis_rank": self.basis_rank,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> BasisMixture:
+        if data["activation"] not in ACTIVATIONS:
+            raise UserError(f"{where}: {unknown('activation', data['activation'], ACTIVATIONS)}")
+        form = cls(
+            experts, width, hidden, bases=data["bases"], rank=data["rank"], activation=data["activation"],
+            groups=data["groups"], basis_rank=data["basis_rank"],
+        )  # fmt: skip
+        _within(where, "groups", form.groups, 1, experts)
+        if experts % form.groups:
+            raise UserError(f"{where}: {experts} experts can't be cut into {form.groups} equal groups.")
+        _within(where, "bases", form.bases, 1, experts // form.groups)
+        _within(where, "rank", form.rank, 1, min(width, hidden))
+        _within(where, "basis_rank", form.basis_rank, 0, min(form.rank, hidden))
+        return form
+
+
+def pack_bases(left: Tensor, right: Tensor) -> Factors:
+    """Gauge-fixes B_j = U_j V_j so that k² entries a basis need not be stored: left (G, m, r, k), right (G, m, k, H).
+
+    U ← U U_a⁻¹, V ← U_a V with U_a the k rows of U that a column-pivoted QR of Uᵀ picks, so that U_a is well
+    conditioned and its rows become the identity.
+    """
+    groups, bases, rank, k = left.shape
+    pivots = _pivot_rows(left.flatten(0, 1)).view(groups, bases, k)
+    square = left.gather(2, pivots.unsqueeze(3).expand(-1, -1, -1, k)).double()
+    others = _others(pivots.flatten(0, 1), rank).view(groups, bases, rank - k)
+    rest = left.gather(2, others.unsqueeze(3).expand(-1, -1, -1, k)).double()
+    return {
+        "basis_pivots": pivots.int(),
+        "basis_left": torch.linalg.solve(square.transpose(2, 3), rest.transpose(2, 3)).transpose(2, 3).to(left),
+        "basis_right": (square @ right.double()).to(left),
+    }
+
+
+def _pivot_rows(left: Tensor) -> Tensor:
+    """(n, r, k) -> (n, k) ascending: the rows that a QR of the transpose with column pivoting takes first."""
+    rows, chosen = left.double(), []
+    for _ in range(left.shape[2]):
+        norms = rows.square().sum(2)
+        if chosen:
+            norms.scatter_(1, torch.stack(chosen, 1), -1.0)
+        chosen.append(norms.argmax(1))
+        pivot = rows.gather(1, chosen[-1].view(-1, 1, 1).expand(-1, 1, rows.shape[2]))
+        pivot = pivot / pivot.norm(dim=2, keepdim=True).clamp(min=1e-30)
+        rows = rows - (rows @ pivot.transpose(1, 2)) * pivot
+    return torch.stack(chosen, 1).sort(1).values
+
+
+def _others(pivots: Tensor, rank: int) -> Tensor:
+    """(m, k) chosen rows -> (m, r−k) the other rows, ascending."""
+    free = torch.ones(len(pivots), rank, dtype=torch.bool, device=pivots.device).scatter(1, pivots, False)
+    return free.nonzero()[:, 1].view(len(pivots), rank - pivots.shape[1])
+
+
+def _identities(pivots: Tensor, like: Tensor) -> Tensor:
+    k = pivots.shape[1]
+    return torch.eye(k, dtype=like.dtype, device=like.device).expand(len(pivots), k, k)
+
+
+def _within(where: str, name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"{where}: {name} {value!r} does not fit; it must be a whole number from {low} to {high}.")

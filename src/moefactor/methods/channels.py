@@ -1,0 +1,148 @@
+"""channels: the intermediate channels that cost least are removed, over all experts and layers at once (HEAPr, ICLR
+2026: "atomic experts").
+
+Channel k of expert e is row k of gate and of up and column k of down. Removing it costs, to second order,
+½·E[h_k²]·d_kᵀ G_e d_k, with G_e = E[∇ ∇ᵀ] of the loss gradient at the expert's output. What is left of down is refitted
+(ours): D'_K = D·C[:,K]·C[K,K]⁻¹, C the expert's second moment of h. With `--intercept` what is removed is replaced by
+its mean, a constant at the expert's output (MoNE, arXiv 2507.00390), and C is the covariance.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..allocate import LayerOffers, Offer
+from ..experts import CompressedExperts, ExpertWeights
+from ..forms import Ragged
+from ..plan import LayerPlan
+from ..stats import LayerStats
+from .base import Method, Stack, options_of, relative_error
+
+Widths = Literal["expert", "layer", "model"]
+# Of the mean diagonal, times 1 + 64/tokens: experts with few tokens keep their own columns.
+RIDGE = 1e-2
+
+
+def offers(
+    weights: ExpertWeights, stats: LayerStats, *, seed: int, widths: Widths = "expert", intercept: bool = False
+) -> LayerOffers:
+    """`widths`: each expert its own, one for a layer, or one for the model (then the result is a standard checkpoint)."""
+    layer = weights.layer
+    price = len(layer.projections) * layer.hidden
+    gains = importance(weights, stats).sort(dim=1, descending=True).values.cpu()  # (E, I)
+    if widths == "expert":
+        units = [
+            Offer("experts", price, layer.intermediate, price * layer.intermediate, gains=g, minimum=0) for g in gains
+        ]
+    else:
+        # Every expert's k-th best channel goes together.
+        whole = price * layer.experts
+        units = [Offer("experts", whole, layer.intermediate, whole * layer.intermediate, gains=gains.sum(0))]
+    constants = tuple(range(layer.experts)) if intercept else ()
+
+    def plan(bought: list[int]) -> LayerPlan:
+        kept = tuple(bought) if widths == "expert" else (bought[0],) * layer.experts
+        first = "gate_up" if layer.gated else "up"
+        shape = (layer.experts, layer.stack_width(first), layer.hidden)
+        forms = {
+            first: Ragged(*shape, widths=kept, halves=len(layer.projections) - 1),
+            "down": Ragged(layer.experts, layer.intermediate, layer.hidden, widths=kept),
+        }
+        return LayerPlan(layer, forms, intercept=constants)
+
+    fixed = layer.bias_count + len(constants) * layer.hidden
+    return LayerOffers(layer, fixed, tuple(units), plan, equal=widths == "model")
+
+
+def importance(weights: ExpertWeights, stats: LayerStats) -> Tensor:
+    """(E, I) float64: the estimated rise of the loss, summed over the calibration tokens, when a channel goes.
+
+    ½ Σ_t h_k² · d_kᵀ G_e d_k, G_e the mean of ∇ ∇ᵀ over the expert's tokens.
+    """
+    count = stats.count.clamp(min=1).view(-1, 1)
+    scores = torch.empty(weights.down.shape[0], weights.down.shape[2], dtype=torch.float64, device=weights.down.device)
+    for expert, down in enumerate(weights.down):
+        d = down.double()  # (H, I)
+        scores[expert] = (d * (stats.output_gradient[expert].double() @ d)).sum(0)
+    return 0.5 * stats.hidden_square.double() * scores / count
+
+
+def factorise(
+    weights: ExpertWeights, stats: LayerStats, plan: LayerPlan, *, seed: int, refit: bool = True,
+    intercept: bool = False, widths: Widths = "expert",
+) -> CompressedExperts:  # fmt: skip
+    """`refit`: solve for what is left of down, rather than cut it."""
+    layer = weights.layer
+    scores = importance(weights, stats)
+    stack = Stack("down", weights.stack("down"), stats)
+    down_form: Ragged = plan.forms["down"]
+    first_rows, down_rows, constants, biases, cut = [], [], [], [], []
+    for expert, kept in enumerate(down_form.widths):
+        channels = scores[expert].topk(kept).indices.sort().values
+        first = [m[expert][channels] for m in (weights.gate, weights.up) if m is not None]
+        first_rows.append(torch.cat(first))
+        rows, constant = _refitted(stack, expert, channels, refit=refit, centred=bool(plan.intercept))
+        down_rows.append(rows)
+        constants.append(constant)
+        whole = torch.zeros_like(stack.weights[expert], dtype=torch.float64)
+        cut.append(whole.index_copy(0, channels, rows.double()))
+        if layer.biased:
+            biases.append(_biases(weights, expert, channels, layer.intermediate))
+    first_name = "gate_up" if layer.gated else "up"
+    tensors = {f"{first_name}_weight": torch.cat(first_rows), "down_weight": torch.cat(down_rows)}
+    if layer.biased:
+        tensors |= {"first_bias": torch.stack(biases), "down_bias": weights.down_bias}
+    if plan.intercept:
+        tensors["intercept"] = torch.stack(constants)
+    error = relative_error(weights.down, lambda e: cut[e].T, stack.moment)
+    return CompressedExperts(layer, dict(plan.forms), tensors, {"down": error})
+
+
+def _refitted(
+    stack: Stack, expert: int, channels: Tensor, *, refit: bool, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """The rows (kept, H) of downᵀ for the channels left, and the constant (H,) that stands for the others' mean."""
+    down = stack.weights[expert].double()  # (I, H)
+    stats = stack.stats
+    moment = stack.moment(expert)
+    mean = stats.hidden_sum[expert].double() / stats.weight_square[expert].clamp(min=1e-300)
+    if centred:
+        moment = moment - torch.outer(mean, mean)
+    rows = down[channels]
+    if refit and len(channels) and stats.count[expert] > 0:
+        inner = moment[channels][:, channels]
+        ridge = RIDGE * (1 + 64 / float(stats.count[expert])) * inner.diagonal().mean()
+        inner = inner + ridge * torch.eye(len(channels), dtype=inner.dtype, device=inner.device)
+        # argmin ‖(D − D'_K)h‖² + ridge‖D'_K − D_K‖²
+        target = moment[channels] @ down + ridge * rows
+        rows = torch.linalg.solve(inner, target)
+    constant = mean @ down - mean[channels] @ rows
+    return rows, constant
+
+
+def _biases(weights: ExpertWeights, expert: int, channels: Tensor, intermediate: int) -> Tensor:
+    """(2I or I,): the biases of the channels left, in their order, zeros behind them."""
+    parts = []
+    for bias in (weights.gate_bias, weights.up_bias):
+        if bias is not None:
+            full = torch.zeros(intermediate, dtype=bias.dtype, device=bias.device)
+            full[: len(channels)] = bias[expert][channels]
+            parts.append(full)
+    return torch.cat(parts)
+
+
+METHOD = Method(
+    "channels",
+    "intermediate channels removed by their Fisher cost, down refitted",
+    "HEAPr, ICLR 2026; intercept: MoNE, arXiv 2507.00390",
+    __doc__,
+    offers,
+    factorise,
+    options_of(offers, factorise),
+    plan_needs=lambda options: {"output_gradient", "hidden_square"},
+    factorise_needs=lambda options: {"output_gradient", "hidden_square", "hidden_moment"},
+    allocation="loss",
+)

@@ -1,0 +1,150 @@
+"""Solvers for mixtures of bases: W_e ≈ A_e f(Σ_j α_ej B_j). What mobe and slbf share.
+
+Both minimise Σ_e ⟨L_e R_e, R_e C_e⟩ / Σ_e ⟨L_e W_e, W_e C_e⟩, R_e = W_e − A_e B_e, with metrics L (on the width) and
+C (on the hidden side) that are the identity unless a method weights its experts.
+
+*Variable projection*: given the bases, each A_e is a least-squares solution. It is solved exactly at every step, and
+only bases and mixing are optimised: at the optimal A the gradient is that of the plain objective with A held fixed
+(Golub & Pereyra 1973). *Adam*: the papers' solver, over everything at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..forms.basis_mixture import ACTIVATIONS
+
+RIDGE = 1e-5  # of the mean diagonal of B C Bᵀ; smaller ones made single experts blow up between steps
+
+
+@dataclass
+class Problem:
+    """What is to be approximated.
+
+    weights: (E, width, H) float32.
+    right: (E, H, H) C_e, or None for the identity.  left: (E, width, width) L_e, or None.
+    """
+
+    weights: Tensor
+    activation: str
+    right: Tensor | None = None
+    left: Tensor | None = None
+    scale: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scale = float(self._energy(self.weights))
+
+    def private(self, bases: Tensor) -> Tensor:
+        """(E, width, r): argmin over A_e, whatever L is. bases (E, r, H)."""
+        metric = bases.transpose(1, 2) if self.right is None else self.right @ bases.transpose(1, 2)  # (E, H, r)
+        normal = bases @ metric
+        ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
+        normal = normal + torch.diag_embed(ridge.unsqueeze(1).expand(-1, normal.shape[1]))
+        factor = torch.linalg.cholesky_ex(normal).L
+        return torch.cholesky_solve((self.weights @ metric).transpose(1, 2), factor).transpose(1, 2)
+
+    def loss(self, private: Tensor, bases: Tensor) -> Tensor:
+        """Relative squared error in the metrics; private (E, width, r), bases (E, r, H)."""
+        return self._energy(self.weights - private @ bases) / self.scale
+
+    def _energy(self, rows: Tensor) -> Tensor:
+        other = rows if self.right is None else rows @ self.right
+        weighted = rows if self.left is None else self.left @ rows
+        return (weighted * other).sum()
+
+
+@dataclass
+class Solution:
+    """private (E, width, r); the solver's parameters at the best loss; the loss after each step."""
+
+    private: Tensor
+    parameters: list[Tensor]
+    curve: list[float]
+
+
+def solve(
+    problem: Problem, bases: Callable[[list[Tensor]], Tensor], start: list[Tensor], *, solver: str, steps: int,
+    rates: list[float], private: Tensor | None = None, tolerance: float = 0.0, weight_decay: float = 0.0,
+    private_rate: float = 0.07,
+) -> Solution:  # fmt: skip
+    """Fits the parameters behind `bases`.
+
+    Args:
+        bases: parameters -> (E, r, H).
+        start: the parameters' first values.
+        solver: `varpro` solves A at every step; `adam` learns it too, at `private_rate`, from `private`.
+        rates: learning rate of each parameter; cosine to 2 % of it over `steps`.
+        tolerance: stop once the best loss fell by less than this fraction over the last tenth of the steps; 0: never.
+    """
+    parameters = [p.detach().clone().requires_grad_() for p in start]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
+    learned = None
+    if solver == "adam":
+        learned = (problem.private(bases(start)) if private is None else private).detach().clone().requires_grad_()
+        groups.append({"params": [learned], "lr": private_rate})
+    optimiser = torch.optim.AdamW(groups, weight_decay=weight_decay) if weight_decay else torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 + 0.98 * _cosine(step / max(1, steps)))
+    best, state, curve, window = float("inf"), None, [], max(50, steps // 10)
+    for _ in range(steps + 1):
+        current = bases(parameters)
+        with torch.no_grad():
+            a = problem.private(current) if learned is None else None
+        loss = problem.loss(a if learned is None else learned, current)
+        value = loss.item()
+        if value < best:  # every step, not every 200th: the last improvement may be the largest
+            best = value
+            state = ((a if learned is None else learned).detach().clone(), [p.detach().clone() for p in parameters])
+        curve.append(best)
+        if tolerance and len(curve) > window and curve[-window] - best < tolerance * best:
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return Solution(state[0], state[1], curve)
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(progress, 1.0)))))
+
+
+def group_starts(problem: Problem, bases: int, rank: int) -> Tensor:
+    """(m, r, H): the top right singular vectors of m runs of consecutive experts, in the metric of their inputs.
+
+    Rows are scaled to 0.7·√H for silu and tanh, where both are neither linear nor saturated, and √H for identity.
+    """
+    experts, _, hidden = problem.weights.shape
+    runs = torch.arange(experts).tensor_split(bases)
+    found = []
+    for run in runs:
+        rows = problem.weights[run].double()
+        gram = torch.einsum("eih,eik->hk", rows, rows)
+        if problem.right is None:
+            vectors = torch.linalg.eigh(gram).eigenvectors
+        else:
+            moment = problem.right[run].double().mean(0)
+            values, axes = torch.linalg.eigh(moment)
+            root = values.clamp(min=1e-12 * float(values[-1])).sqrt()
+            half, inverse = axes * root @ axes.T, axes / root @ axes.T
+            vectors = inverse @ torch.linalg.eigh(half @ gram @ half).eigenvectors
+        top = vectors.flip(1)[:, :rank].T
+        found.append(top / top.norm(dim=1, keepdim=True).clamp(min=1e-30))
+    level = 1.0 if problem.activation == "identity" else 0.7
+    return (torch.stack(found) * level * hidden**0.5).float()
+
+
+def one_hot(experts: int, bases: int, *, noise: float, seed: int) -> Tensor:
+    """(E, m): 1 for the basis that started from the expert's own run, plus Gaussian noise to break ties."""
+    start = torch.zeros(experts, bases)
+    for j, run in enumerate(torch.arange(experts).tensor_split(bases)):
+        start[run, j] = 1.0
+    return start + noise * torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mixed(mix: Tensor, basis: Tensor, activation: str) -> Tensor:
+    """f(Σ_j α_ej B_j): mix (E, m), basis (m, r, H) -> (E, r, H)."""
+    return ACTIVATIONS[activation]((mix @ basis.flatten(1)).view(-1, *basis.shape[1:]))

@@ -1,0 +1,127 @@
+"""mobe: a mixture of basis experts, Ŵ_e = A_e f(Σ_j α_ej B_j) (MoBE, arXiv 2508.05257).
+
+A (I, r) private, B (r, H) shared, r = I, α on the simplex (softmax), f = silu or tanh. gate and up each alone, as in
+the paper; down too, on its transpose, so that the bases lie on the hidden side.
+
+Start (the paper's, kept alive): experts in m consecutive runs, the stacked SVD of each run gives B_j; the mixing
+starts near one-hot, where the published code's softmax of 0/1 logits is nearly uniform and throws the SVD away.
+The default solver is ours, variable projection; `--solver adam` is the paper's (see mixture.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..allocate import Offer
+from ..errors import UserError
+from ..forms import BasisMixture
+from ..forms.base import Factors
+from .base import Fitted, Stack, StackOffers, lift, stack_error
+from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
+
+Solver = Literal["varpro", "adam"]
+# Logits of a mixing that starts one-hot: 97 % of the weight on the expert's own basis among 32.
+START_LOGIT = 7.0
+RATES = {"varpro": 0.1, "adam": 0.07}
+STEPS = {"varpro": 600, "adam": 10_000}
+
+
+def offers(
+    stack: Stack, *, rank: int = 0, activation: Literal["silu", "tanh"] = "silu", expert_groups: int = 1
+) -> StackOffers:
+    """What is bought is bases. `rank`: r, 0 for I; `expert_groups`: runs of experts with bases of their own."""
+    experts, width, hidden = stack.shape
+    rank = rank or min(width, hidden)
+    if not 1 <= rank <= min(width, hidden):
+        raise UserError(f"mobe: rank must be from 1 to {min(width, hidden)}, found {rank}.")
+    if expert_groups < 1 or experts % expert_groups:
+        raise UserError(f"mobe: {experts} experts can't be cut into {expert_groups} equal groups.")
+    unit = Offer(
+        stack.name,
+        unit_cost=expert_groups * rank * hidden + experts,
+        maximum=experts // expert_groups,
+        share=experts * width * hidden,
+    )
+    return StackOffers(
+        [unit],
+        form=lambda bought: BasisMixture(
+            experts, width, hidden, bases=bought[0], rank=rank, activation=activation, groups=expert_groups
+        ),
+        fixed=experts * width * rank,
+    )
+
+
+def factorise(
+    stack: Stack, form: BasisMixture, *, seed: int, solver: Solver = "varpro", steps: int = 0, rate: float = 0.0,
+    tolerance: float = 0.0, weighted: bool = False,
+) -> Fitted:  # fmt: skip
+    """`steps` and `rate` of 0 mean the solver's own: 600 at 0.1 for varpro, 10,000 at 0.07 for adam.
+
+    `tolerance`: stop early once the best loss fell by less than this fraction over the last tenth of the steps.
+    `weighted`: in the norm of each expert's own inputs, which needs calibration.
+    """
+    size = form.experts // form.groups
+    parts: list[tuple[Factors, Solution]] = []
+    for group in range(form.groups):
+        experts = list(range(group * size, (group + 1) * size))
+        parts.append(_fit(stack, form, experts, solver, steps, rate, tolerance, weighted, seed))
+    factors = {
+        "private": torch.cat([f["private"] for f, _ in parts]),
+        "mix": torch.cat([f["mix"] for f, _ in parts]),
+        "basis": torch.stack([f["basis"] for f, _ in parts]),
+    }
+    curves = [solution.curve for _, solution in parts]
+    curve = [sum(values) / len(values) for values in zip(*curves, strict=False)]
+    return Fitted(factors, stack_error(stack, form, factors, weighted=weighted), tuple(curve))
+
+
+def _fit(
+    stack: Stack, form: BasisMixture, experts: list[int], solver: Solver, steps: int, rate: float, tolerance: float,
+    weighted: bool, seed: int,
+) -> tuple[Factors, Solution]:  # fmt: skip
+    weights = stack.weights[experts].float()
+    # float32 and divided by the standard deviation, so that one learning rate fits every layer.
+    deviation = weights.std().clamp(min=1e-12)
+    problem = Problem(weights / deviation, form.activation, **metrics(stack, experts, weighted))
+    basis = group_starts(problem, form.bases, form.rank).to(weights)
+    logits = START_LOGIT * one_hot(len(experts), form.bases, noise=0.05, seed=seed).to(weights)
+
+    def bases(parameters: list[Tensor]) -> Tensor:
+        return mixed(parameters[1].softmax(1), parameters[0], form.activation)
+
+    rate = rate or RATES[solver]
+    solution = solve(
+        problem, bases, [basis, logits], solver=solver, steps=steps or STEPS[solver], rates=[rate, rate],
+        private_rate=rate, tolerance=tolerance,
+    )  # fmt: skip
+    basis, logits = solution.parameters
+    private = (solution.private * deviation).transpose(1, 2)
+    return {"private": private, "mix": logits.softmax(1), "basis": basis}, solution
+
+
+def metrics(stack: Stack, experts: list[int], weighted: bool) -> dict[str, Tensor]:
+    """The second moments of what the experts' matrices multiply, on the side where it lies; empty when unweighted."""
+    if not weighted:
+        return {}
+    moments = torch.stack([stack.moment(e) for e in experts])
+    # Experts count by their tokens; each moment is scaled to a mean diagonal of 1 first.
+    share = stack.stats.weight_square[experts]
+    share = (share / share.mean().clamp(min=1e-30)).clamp(min=1e-2)
+    level = moments.diagonal(dim1=1, dim2=2).mean(1).mean()
+    return {"left" if stack.writes else "right": (moments * (share / level).view(-1, 1, 1)).float()}
+
+
+METHOD = lift(
+    "mobe",
+    "mixtures of shared bases behind an activation; rebuilds weights at run time",
+    "MoBE, arXiv 2508.05257",
+    offers,
+    factorise,
+    description=__doc__,
+    joint=False,
+    projections=("gate", "up"),
+    factorise_needs=lambda options: {"input_moment", "hidden_moment"} if options["weighted"] else set(),
+)

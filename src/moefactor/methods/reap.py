@@ -1,0 +1,98 @@
+"""reap: the experts that add least are dropped, the router is cut (REAP, arXiv 2510.13999).
+
+Saliency of e: the mean over its tokens of g·‖f_e(x)‖. The lowest go, as many in every layer, so the result is a standard,
+smaller MoE. A group-limited router keeps as many experts in each of its groups. With `--intercept` the router stays
+whole and a dropped expert gives a constant, its mean output (MoNE, arXiv 2507.00390); that needs moefactor to run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..allocate import LayerOffers, Offer
+from ..experts import CompressedExperts, ExpertWeights
+from ..forms import Dense, Ragged
+from ..plan import LayerPlan
+from ..stats import LayerStats
+from .base import Method, options_of
+
+
+def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: bool = False) -> LayerOffers:
+    layer = weights.layer
+    groups = 1 if intercept else layer.router_groups
+    price = groups * (layer.parameter_count // layer.experts)
+    saved = groups * layer.hidden if intercept else 0  # an expert that stays needs no constant
+    unit = Offer(
+        "experts",
+        price - saved,
+        layer.experts // groups,
+        layer.parameter_count,
+        gains=saliency(stats).sort(descending=True).values.cpu(),
+        minimum=1 if intercept else -(-layer.fewest_experts // groups),
+    )
+
+    def plan(bought: list[int]) -> LayerPlan:
+        kept = best_in_groups(saliency(stats), groups, bought[0])
+        if not intercept:
+            forms = {
+                name: Dense(len(kept), layer.stack_width(name), layer.hidden)
+                for name in layer.stacks((), joint=True)
+            }
+            return LayerPlan(layer, forms, kept=kept)
+        widths = tuple(layer.intermediate if e in kept else 0 for e in range(layer.experts))
+        first = "gate_up" if layer.gated else "up"
+        halves = len(layer.projections) - 1
+        forms = {
+            first: Ragged(layer.experts, layer.stack_width(first), layer.hidden, widths=widths, halves=halves),
+            "down": Ragged(layer.experts, layer.intermediate, layer.hidden, widths=widths),
+        }
+        return LayerPlan(layer, forms, intercept=tuple(e for e in range(layer.experts) if e not in kept))
+
+    fixed = layer.experts * layer.hidden if intercept else 0
+    return LayerOffers(layer, fixed, (unit,), plan, equal=True)
+
+
+def saliency(stats: LayerStats) -> Tensor:
+    """(E,) Σ g·‖f_e(x)‖ / tokens; 0 for an expert that saw none."""
+    return stats.output_norm / stats.count.clamp(min=1)
+
+
+def best_in_groups(scores: Tensor, groups: int, each: int) -> tuple[int, ...]:
+    """The `each` best experts of every run of E/groups, ascending."""
+    grouped = scores.view(groups, -1)
+    starts = torch.arange(groups, device=scores.device).unsqueeze(1) * grouped.shape[1]
+    return tuple((grouped.topk(each, dim=1).indices + starts).flatten().sort().values.tolist())
+
+
+def factorise(
+    weights: ExpertWeights, stats: LayerStats, plan: LayerPlan, *, seed: int, intercept: bool = False
+) -> CompressedExperts:
+    """Only what the plan keeps; with intercepts each dropped expert's mean output."""
+    stacks = {name: weights.stack(name) for name in plan.forms}
+    if plan.kept is not None:
+        ids = torch.tensor(plan.kept, device=weights.down.device)
+        tensors = {f"{name}_weight": stack[ids] for name, stack in stacks.items()}
+        tensors |= {name: bias[ids] for name, bias in weights.biases().items()}
+        return CompressedExperts(plan.remaining, dict(plan.forms), tensors)
+    kept = [e for e in range(plan.layer.experts) if e not in plan.intercept]
+    tensors = dict(weights.biases())
+    for name, stack in stacks.items():
+        tensors[f"{name}_weight"] = stack[kept].flatten(0, 1)
+    mean = stats.hidden_sum.double() / stats.weight_square.clamp(min=1e-300).unsqueeze(1)
+    constants = torch.einsum("ehi,ei->eh", weights.down.double(), mean)
+    tensors["intercept"] = constants[list(plan.intercept)]
+    return CompressedExperts(plan.layer, dict(plan.forms), tensors)
+
+
+METHOD = Method(
+    "reap",
+    "whole experts dropped by their routed output, the router cut: a standard checkpoint",
+    "REAP, arXiv 2510.13999; intercept: MoNE, arXiv 2507.00390",
+    __doc__,
+    offers,
+    factorise,
+    options_of(offers, factorise),
+    plan_needs=lambda options: {"routing"},
+    factorise_needs=lambda options: {"hidden_square"} if options["intercept"] else set(),
+)

@@ -1,0 +1,104 @@
+"""slbf: mixtures of bases that are themselves of low rank (Shared Low-rank Basis Factorization, 2026).
+
+Ŵ_e = A_e f(Σ_j α_ej U_j V_j), m = E bases of rank k, r = I, silu, α = softmax, all three projections. Stored
+gauge-fixed, so a basis costs k·(r + H − k): U_j ← U_j U_a⁻¹, V_j ← U_a V_j with the rows of U_a picked by pivoted QR.
+
+Start (the paper's "matrix sign", no spectrum): U_e = [I_k; 0], V_e the top k right singular vectors of W_e, α logits
+1 on the diagonal. `--solver adam` is the paper's AdamW; the default is variable projection (see mixture.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..allocate import Offer
+from ..errors import UserError
+from ..forms import BasisMixture
+from ..forms.basis_mixture import ACTIVATIONS, pack_bases
+from .base import Fitted, Stack, StackOffers, lift, stack_error
+from .mixture import Problem, solve
+from .mobe import Solver, metrics
+
+RATES = {"varpro": 0.03, "adam": 0.1}
+STEPS = {"varpro": 600, "adam": 8_000}
+
+
+def offers(stack: Stack, *, bases: int = 0, activation: Literal["silu", "tanh"] = "silu") -> StackOffers:
+    """What is bought is the bases' rank k. `bases`: m, 0 for one an expert."""
+    experts, width, hidden = stack.shape
+    count, rank = bases or experts, min(width, hidden)
+    if not 1 <= count <= experts:
+        raise UserError(f"slbf: bases must be from 1 to the number of experts, {experts}; found {count}.")
+    unit = Offer(
+        stack.name,
+        # k pivots, (r − k)·k of U, k·H of V
+        unit_cost=count * (1 + rank + hidden),
+        curvature=count,
+        maximum=rank,
+        share=experts * width * hidden,
+    )
+    return StackOffers(
+        [unit],
+        form=lambda bought: BasisMixture(
+            experts, width, hidden, bases=count, rank=rank, activation=activation, basis_rank=bought[0]
+        ),
+        fixed=experts * (width * rank + count),
+    )
+
+
+def factorise(
+    stack: Stack, form: BasisMixture, *, seed: int, solver: Solver = "varpro", steps: int = 0, rate: float = 0.0,
+    tolerance: float = 0.0, weighted: bool = False,
+) -> Fitted:  # fmt: skip
+    """`steps` and `rate` of 0 mean the solver's own: 600 at 0.03 for varpro, 8,000 at 0.1 for adam."""
+    experts = list(range(form.experts))
+    weights = stack.weights.float()
+    deviation = weights.std().clamp(min=1e-12)
+    problem = Problem(weights / deviation, form.activation, **metrics(stack, experts, weighted))
+    k, m = form.basis_rank, form.bases
+    u, _, vt = torch.linalg.svd(problem.weights[:m], full_matrices=False)
+    # The first rows of a basis carry V, scaled into the range where f bends; the rest start small but not dead.
+    generator = torch.Generator().manual_seed(seed)
+    left = 0.1 * torch.randn(m, form.rank, k, generator=generator).to(weights)
+    left[:, :k] = torch.eye(k).to(weights)
+    right = 0.7 * form.hidden**0.5 * vt[:, :k]
+    logits = torch.eye(form.experts, m).to(weights)
+
+    def bases(parameters: list[Tensor]) -> Tensor:
+        mix = parameters[2].softmax(1)
+        wide = torch.einsum("ej,jrk->erjk", mix, parameters[0]).flatten(2)
+        return ACTIVATIONS[form.activation](wide @ parameters[1].flatten(0, 1))
+
+    rate = rate or RATES[solver]
+    # The paper's ratio of rates: bases at 0.1 to 0.36 of that of A and α.
+    rates = [rate, rate, rate] if solver == "varpro" else [0.2 * rate, 0.2 * rate, rate]
+    private = None
+    if solver == "adam":
+        private = u[:, :, : form.rank]
+        private = private if m == form.experts else None
+    solution = solve(
+        problem, bases, [left, right, logits], solver=solver, steps=steps or STEPS[solver], rates=rates,
+        private=private, private_rate=rate, weight_decay=0.02 if solver == "adam" else 0.0, tolerance=tolerance,
+    )  # fmt: skip
+    left, right, logits = solution.parameters
+    factors = {
+        "private": (solution.private * deviation).transpose(1, 2),
+        "mix": logits.softmax(1),
+        **pack_bases(left.unsqueeze(0), right.unsqueeze(0)),
+    }
+    return Fitted(factors, stack_error(stack, form, factors, weighted=weighted), tuple(solution.curve))
+
+
+METHOD = lift(
+    "slbf",
+    "mixtures of low-rank bases behind an activation; rebuilds weights at run time",
+    "SLBF, 2026",
+    offers,
+    factorise,
+    description=__doc__,
+    joint=False,
+    factorise_needs=lambda options: {"input_moment", "hidden_moment"} if options["weighted"] else set(),
+)
