@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
 from .experts import check_finite
+from .fp8 import SCALE, Fp8Source, dequantise
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -113,12 +114,16 @@ class Checkpoint:
 
 
 class ModelReader:
-    """A checkpoint seen through a skeleton: which tensor becomes which parameter, and loading of parts."""
+    """A checkpoint seen through a skeleton: which tensor becomes which parameter, and loading of parts.
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
+    `source` undoes the checkpoint's FP8, if it has any.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, source: Fp8Source | None = None):
         self.checkpoint = checkpoint
         self.model = model
-        self.conversions = get_model_conversion_mapping(model)
+        self.source = source
+        self.conversions = get_model_conversion_mapping(model, None, source)
 
     @cached_property
     def targets(self) -> dict[str, str]:
@@ -153,8 +158,9 @@ class ModelReader:
         wanted = [name for name, target in self.targets.items() if inside(target)]
         with self.checkpoint.slices(wanted) as slices, quiet():
             config = LoadStateDictConfig(
-                device_map={"": device}, dtype=self.model.dtype, weight_mapping=self.conversions
-            )
+                device_map={"": device}, dtype=self.model.dtype, weight_mapping=self.conversions,
+                hf_quantizer=self.source,
+            )  # fmt: skip
             report, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         self.model._weight_conversions = None  # or a later save would revert only what this part used
         self._check(report, prefix, inside)
@@ -290,8 +296,18 @@ class CheckpointWriter:
             shutil.copy2(file, self.folder / name)
         self._note(name)
 
-    def copy_plain(self, checkpoint: Checkpoint, names: list[str]) -> None:
-        """Tensors as they lie on disk, at most COPY_LIMIT bytes at a time."""
+    def copy_plain(
+        self, checkpoint: Checkpoint, names: list[str], *, source: Fp8Source | None = None,
+        change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    ) -> None:  # fmt: skip
+        """Tensors as they lie on disk, at most COPY_LIMIT bytes at a time.
+
+        Args:
+            source: undoes FP8 on the way; scales are not copied then.
+            change: (name, tensor) -> what is written instead.
+        """
+        if source is not None:
+            names = [name for name in names if not name.endswith(SCALE)]
         batch, size = [], 0
         for name in names:
             with checkpoint.slices([name]) as slices:
@@ -299,16 +315,21 @@ class CheckpointWriter:
                 count = int(torch.Size(view.get_shape()).numel())
             bytes_ = count * _item_size(view.get_dtype())
             if batch and size + bytes_ > COPY_LIMIT:
-                self._copy(checkpoint, batch)
+                self._copy(checkpoint, batch, source, change)
                 batch, size = [], 0
             batch.append(name)
             size += bytes_
         if batch:
-            self._copy(checkpoint, batch)
+            self._copy(checkpoint, batch, source, change)
 
-    def _copy(self, checkpoint: Checkpoint, names: list[str]) -> None:
-        with checkpoint.slices(names) as slices:
+    def _copy(self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Callable) -> None:
+        scales = [name + SCALE for name in names if source is not None and name + SCALE in checkpoint.files]
+        with checkpoint.slices(names + scales) as slices:
             tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
+        for name in scales:
+            weight = name.removesuffix(SCALE)
+            tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
+        tensors = {name: change(name, tensor) for name, tensor in tensors.items()}
         check_finite(checkpoint.folder.name, {n: t for n, t in tensors.items() if t.is_floating_point()})
         self.add(tensors)
 

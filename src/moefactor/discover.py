@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from . import models  # noqa: F401 (registers what transformers lacks)
 from .errors import UserError
 from .experts import ExpertLayer
 

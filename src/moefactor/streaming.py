@@ -20,6 +20,7 @@ from .discover import build_skeleton, decoder_layers, find_experts, read_config
 from .errors import UserError
 from .experts import ExpertLayer, ExpertWeights
 from .forms import Routing
+from .fp8 import Fp8Source
 
 OBSERVED = "moefactor_observed"
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
@@ -103,12 +104,12 @@ class StreamedModel:
         self.device = torch.device(device)
         self.folder: Path = resolve(name)
         self.config = read_config(self.folder, name)
-        _refuse_quantised(self.config, name)
+        source = _quantised_source(self.config, name)
         self.stored_dtype: torch.dtype = self.config.dtype or torch.float32
         self.model = build_skeleton(self.config, name, dtype or _compute_dtype(self.stored_dtype, self.device))
         self.experts: list[ExpertLayer] = find_experts(self.model, name)
         self.decoder_layers = decoder_layers(self.model, self.experts)
-        self.reader = ModelReader(Checkpoint(self.folder), self.model)
+        self.reader = ModelReader(Checkpoint(self.folder), self.model, source)
         self.model.set_experts_implementation(OBSERVED)
 
     def experts_of(self, decoder_layer: str) -> ExpertLayer | None:
@@ -247,11 +248,16 @@ def _to_device(module: nn.Module, device: torch.device) -> None:
                 part._buffers[name] = buffer.to(device)
 
 
-def _refuse_quantised(config: object, name: str) -> None:
+def _quantised_source(config: object, name: str) -> Fp8Source | None:
+    """What reads the checkpoint's quantised tensors; UserError for a quantisation that can't be undone here."""
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
-        return
+        return None
     kind = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    if kind == "fp8":
+        source = Fp8Source(config)
+        del config.quantization_config
+        return source
     if kind == "moefactor":
         raise UserError(f"{name}: compressed by moefactor already. Start from the model it came from.")
     raise UserError(f"{name}: quantised with {kind}; compress the unquantised checkpoint, then quantise.")

@@ -25,10 +25,33 @@ def checkpoint_config(source: Path, plan: Plan) -> str:
     would load with random experts and still generate.
     """
     config = json.loads((source / "config.json").read_text())
+    if plan.standard():
+        return json.dumps(_smaller(config, plan), indent=2) + "\n"
     config["quantization_config"] = quantization_config(plan)
     config["experts_implementation"] = QUANT_METHOD
     config["auto_map"] = {"AutoModelForCausalLM": f"{STUB}.{STUB_CLASS}"}
     return json.dumps(config, indent=2) + "\n"
+
+
+# The names under which architectures keep the number of routed experts and their width.
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+WIDTHS = ("moe_intermediate_size", "intermediate_size")
+
+
+def _smaller(config: dict, plan: Plan) -> dict:
+    """config.json of an ordinary MoE with the experts and the width that are left."""
+    experts, width = plan.standard()
+    layer = plan.layers[0].layer
+    config.pop("quantization_config", None)  # FP8, undone on reading
+    for part in (config, config.get("text_config") or {}):
+        for name in COUNTS:
+            if part.get(name) == layer.experts:
+                part[name] = experts
+        # Models with dense layers have both names, and intermediate_size is theirs.
+        name = next((n for n in WIDTHS if part.get(n) == layer.intermediate), None)
+        if name is not None:
+            part[name] = width
+    return config
 
 
 def quantization_config(plan: Plan) -> dict:
@@ -117,8 +140,7 @@ Made by [moefactor](https://pypi.org/project/moefactor/) {version("moefactor")} 
 | parameters of the routed experts | {before:,} | {after:,} ({1 - after / before:.1%} removed) |
 
 ```python
-import moefactor
-from transformers import AutoModelForCausalLM
+{"" if plan.standard() else "import moefactor" + chr(10)}from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this folder")
 ```
