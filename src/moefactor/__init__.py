@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .compare import Contender, compare
 from .compress import compress
 from .errors import UserError
 from .evaluate import evaluate
@@ -12,4 +13,4 @@ from .export import export_dense
 from .inspect import inspect
 from .methods import METHODS
 
-__all__ = ["METHODS", "UserError", "compress", "evaluate", "export_dense", "inspect"]
+__all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate", "export_dense", "inspect"]

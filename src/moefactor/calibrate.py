@@ -75,7 +75,7 @@ def calibrate(
 ) -> None:
     """Writes the dense model's statistics of every expert layer into the run folder.
 
-    A finished calibration of the same text and statistics is left as it is. Gradient statistics take the model
+    A finished calibration of the same text that has these statistics (or more) is left as it is. Gradient statistics take the model
     through a backward pass as well, one layer at a time: every layer's inputs wait on disk meanwhile.
     """
     for name in needs:
@@ -83,8 +83,10 @@ def calibrate(
             raise unknown("statistic", name, STATISTICS)
     needs = set(needs) | {"routing"}
     description = {**calibration.description, "statistics": sorted(needs)}
-    if run.calibration() == description:
-        return
+    earlier = run.calibration()
+    if earlier and {**earlier, "statistics": []} == {**description, "statistics": []}:
+        if needs <= set(earlier["statistics"]):
+            return
     batches = calibration.batches
     if "fisher" in needs:  # each sequence's gradient is squared on its own
         batches = [row for batch in batches for row in batch.split(1)]

@@ -153,7 +153,9 @@ class ModelReader:
         """
 
         def inside(name: str) -> bool:
-            return name.startswith(prefix + "." if prefix else "") and not name.startswith(tuple(w + "." for w in without))
+            return name.startswith(prefix + "." if prefix else "") and not name.startswith(
+                tuple(w + "." for w in without)
+            )
 
         wanted = [name for name, target in self.targets.items() if inside(target)]
         with self.checkpoint.slices(wanted) as slices, quiet():

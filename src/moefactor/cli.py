@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ from .allocate import RULES
 from .calibrate import Calibration
 from .calibrate import calibrate as calibrate_verb
 from .checkpoint import refuse_existing
+from .compare import Contender
+from .compare import compare as compare_verb
 from .errors import UserError
 from .evaluate import Evaluation
 from .evaluate import evaluate as evaluate_verb
@@ -281,6 +284,60 @@ def evaluate(
     console.print(evaluation_table(results))
     if json_output:
         json_output.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+
+
+@app.command()
+def compare(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json; a stopped run goes on there.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "svd,whitened_svd,rfid",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help='One more, with options: --also "mobe --projections gate,up,down". Repeat for several.'),
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="Comma-separated.")] = "0.2,0.4,0.6",
+    text: Annotated[list[str] | None, typer.Option(help="To measure on; repeat for several.")] = None,
+    calibration: Text = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
+    window: Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all")] = None,
+    device: Device = None, dtype: Annotated[str, typer.Option(help="To measure in.")] = "auto",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed models.")] = False,
+) -> None:  # fmt: skip
+    """Several methods at several ratios on one calibration: perplexity, parameters, bytes, seconds, speed."""
+    contenders = [Contender(name.strip(), name.strip(), {}) for name in methods.split(",") if name.strip()]
+    for line in also or []:
+        name, *arguments = shlex.split(line)
+        contenders.append(Contender(line, name, method_options(arguments)))
+    try:
+        wanted = [float(ratio) for ratio in ratios.split(",")]
+    except ValueError:
+        raise UserError(f"--ratios: expected numbers like 0.2,0.4, found {ratios!r}.") from None
+    with Bars() as bars:
+        rows = compare_verb(
+            model, contenders, wanted, output, texts=text or [None], calibration=calibration, samples=samples,
+            seqlen=seqlen, seed=seed, window=window, max_windows=max_windows, device=device, dtype=dtype, keep=keep,
+            progress=bars,
+        )  # fmt: skip
+    console.print(comparison_table(rows))
+
+
+def comparison_table(rows: list[dict]) -> Table:
+    """One line a run; the Pareto front (parameters against mean perplexity) is starred."""
+    dense = rows[0]
+    table = Table(
+        "method", "ratio", *dense["perplexity"], "× dense", "experts", "model", "disk", "tok/s", "seconds", ""
+    )
+    for row in rows:
+        if "error" in row:
+            table.add_row(row["label"], str(row["ratio"]), f"[dim]{row['error']}")
+            continue
+        table.add_row(
+            row["label"], str(row["ratio"]), *(f"{p:.2f}" for p in row["perplexity"].values()),
+            f"{row['mean_perplexity'] / dense['mean_perplexity']:.3f}", f"{row['expert_parameters']:,}",
+            f"{row['parameters']:,}", _size(row["disk_bytes"]), f"{row['tokens_per_second']:,.0f}",
+            f"{row.get('seconds', 0):.1f}", "★" if row["front"] else "",
+        )  # fmt: skip
+    return table
 
 
 @app.command()

@@ -11,7 +11,8 @@ import torch
 from .calibrate import Calibration, calibrate
 from .checkpoint import refuse_existing
 from .factorise import factorise, write_checkpoint
-from .methods import get
+from .methods import Method, get
+from .plan import Plan
 from .planning import check_ratio, make_plan
 from .progress import Progress, silent
 from .run_folder import RunFolder
@@ -62,23 +63,44 @@ def compress(
     completed = chosen.complete(options)
     check_ratio(ratio)
     streamed = StreamedModel(model, default_device() if device is None else device)
-    needs = chosen.plan_needs(completed)
-    later = chosen.factorise_needs(completed)
     text = None
-    if needs or later or calibration is not None:  # read now, so that bad text fails before anything is written
+    if calibration is not None or needs_text(chosen, completed):  # read now: bad text fails before anything is written
         text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
     folder = RunFolder(run or output.with_name(output.name + ".run"))
-    upfront = needs | (later & GRADIENTS if sequential else later)
-    if upfront:
-        calibrate(streamed, folder, text, upfront, progress=progress)
-    plan = make_plan(
-        streamed, chosen, completed, ratio, run=folder, allocation=allocation, rank_multiple=rank_multiple, seed=seed,
-        progress=progress,
+    run_stages(
+        streamed, chosen, completed, ratio, output, folder, text=text, sequential=sequential, allocation=allocation,
+        rank_multiple=rank_multiple, seed=seed, progress=progress,
     )  # fmt: skip
-    folder.write_plan(plan)
-    factorise(streamed, plan, chosen, folder, calibration=text, sequential=sequential, progress=progress)
-    command = f"moefactor compress {shlex.quote(model)} --method {method} --ratio {ratio} -o {shlex.quote(output.name)}"
-    write_checkpoint(streamed, plan, folder, output, command)
     if run is None:
         shutil.rmtree(folder.folder)
     return output
+
+
+def needs_text(method: Method, options: dict) -> bool:
+    return bool(method.plan_needs(options) or method.factorise_needs(options))
+
+
+def upfront_needs(method: Method, options: dict, *, sequential: bool) -> set[str]:
+    """The statistics of the dense model that must be there before planning and factorising."""
+    later = method.factorise_needs(options)
+    return method.plan_needs(options) | (later & GRADIENTS if sequential else later)
+
+
+def run_stages(
+    model: StreamedModel, method: Method, options: dict, ratio: float, output: Path, folder: RunFolder, *,
+    text: Calibration | None, sequential: bool = True, allocation: str | None = None, rank_multiple: int | None = None,
+    seed: int = 0, progress: Progress = silent,
+) -> Plan:  # fmt: skip
+    """The stages on an opened model, checked options and read text; what `compress` and `compare` have in common."""
+    needs = upfront_needs(method, options, sequential=sequential)
+    if needs:
+        calibrate(model, folder, text, needs, progress=progress)
+    plan = make_plan(
+        model, method, options, ratio, run=folder, allocation=allocation, rank_multiple=rank_multiple, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    folder.write_plan(plan)
+    factorise(model, plan, method, folder, calibration=text, sequential=sequential, progress=progress)
+    command = f"moefactor compress {shlex.quote(model.name)} --method {method.name} --ratio {ratio}"
+    write_checkpoint(model, plan, folder, output, f"{command} -o {shlex.quote(output.name)}")
+    return plan

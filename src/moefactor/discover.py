@@ -85,7 +85,9 @@ def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:
             owner = next((p for p in lists if path.startswith(p + ".")), None)
             if owner is None:
                 raise UserError(f"{name}: experts at {path} are not inside a list of decoder layers.")
-            found.append(describe(path, module, owner + "." + path.removeprefix(owner + ".").split(".")[0], model.config))
+            found.append(
+                describe(path, module, owner + "." + path.removeprefix(owner + ".").split(".")[0], model.config)
+            )
     if not found:
         raise UserError(_why_none(model, name))
     return found

@@ -79,7 +79,9 @@ class LayerPlan:
             if ids is not None and (sorted(set(ids)) != list(ids) or not set(ids) <= set(range(layer.experts))):
                 raise UserError(f"{layer.name}: {field_name!r} must be ascending experts below {layer.experts}.")
         if kept is not None and len(kept) < layer.fewest_experts:
-            raise UserError(f"{layer.name}: the router needs {layer.fewest_experts} experts, the plan keeps {len(kept)}.")
+            raise UserError(
+                f"{layer.name}: the router needs {layer.fewest_experts} experts, the plan keeps {len(kept)}."
+            )
         forms = {
             name: form_from_json(
                 form, experts=layer.experts if kept is None else len(kept), width=layer.stack_width(name), hidden=layer.hidden,

@@ -47,7 +47,9 @@ def make_plan(
     for index, layer in enumerate(model.experts):
         stats = run.stats(index, model.device)
         steps.detail = layer.decoder_layer
-        offers.append(method.offers(model.expert_weights(layer), stats, seed=seed + index, **accepted(method.offers, options)))
+        offers.append(
+            method.offers(model.expert_weights(layer), stats, seed=seed + index, **accepted(method.offers, options))
+        )
         steps.tick()
     total = sum(layer.parameter_count for layer in model.experts)
     bought = spend(offers, int((1 - ratio) * total), rule, multiple=rank_multiple)

@@ -35,8 +35,11 @@ class Entry:
 
 
 class RunFolder:
-    def __init__(self, folder: str | Path):
+    """`calibrated`: another run folder whose calibration this one reads instead of having its own."""
+
+    def __init__(self, folder: str | Path, *, calibrated: RunFolder | None = None):
         self.folder = Path(folder).expanduser()
+        self.calibrated = calibrated
 
     @property
     def plan(self) -> Path:
@@ -49,6 +52,8 @@ class RunFolder:
 
     def calibration(self) -> dict | None:
         """What was calibrated on, or None while calibration has not finished."""
+        if self.calibrated is not None:
+            return self.calibrated.calibration()
         return self._read_json("calibration.json")
 
     def write_stats(self, index: int, stats: LayerStats) -> None:
@@ -57,6 +62,8 @@ class RunFolder:
         write_tensors(path, stats.tensors())
 
     def stats(self, index: int, device: torch.device | str = "cpu") -> LayerStats | None:
+        if self.calibrated is not None:
+            return self.calibrated.stats(index, device)
         path = self._path("stats", index)
         return LayerStats(**read_tensors(path, device)) if path.is_file() else None
 

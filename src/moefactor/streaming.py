@@ -165,7 +165,6 @@ class StreamedModel:
                 activations.states[index] = out[0] if isinstance(out, tuple) else out
             tick()
 
-
     def loss_gradients(self, batches: list[Tensor], activations: Activations, tick: Tick = _nothing) -> list[Tensor]:
         """∂(Σ next-token loss)/∂(what the last decoder layer puts out), a batch at a time: (batch, tokens, H).
 

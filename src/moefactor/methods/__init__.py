@@ -7,7 +7,8 @@ from . import channels, d2moe, mobe, reap, rfid, shared_basis, slbf, svd, whiten
 from .base import Method
 
 METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD for module in (svd, whitened_svd, shared_basis, rfid, mobe, d2moe, slbf, reap, channels)
+    module.METHOD.name: module.METHOD
+    for module in (svd, whitened_svd, shared_basis, rfid, mobe, d2moe, slbf, reap, channels)
 }
 
 

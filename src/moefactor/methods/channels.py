@@ -101,9 +101,7 @@ def factorise(
     return CompressedExperts(layer, dict(plan.forms), tensors, {"down": error})
 
 
-def _refitted(
-    stack: Stack, expert: int, channels: Tensor, *, refit: bool, centred: bool
-) -> tuple[Tensor, Tensor]:
+def _refitted(stack: Stack, expert: int, channels: Tensor, *, refit: bool, centred: bool) -> tuple[Tensor, Tensor]:
     """The rows (kept, H) of downᵀ for the channels left, and the constant (H,) that stands for the others' mean."""
     down = stack.weights[expert].double()  # (I, H)
     stats = stack.stats

@@ -29,9 +29,7 @@ Base = Literal["fisher", "frequency", "mean"]
 Shared = Literal["none", "v", "u"]
 
 
-def offers(
-    stack: Stack, *, shared: Shared = "none", base_pruning: float = 0.0, dynamic: float = 0.0
-) -> StackOffers:
+def offers(stack: Stack, *, shared: Shared = "none", base_pruning: float = 0.0, dynamic: float = 0.0) -> StackOffers:
     """`base_pruning`, `dynamic`: fractions of the base's columns, from 0 to below 1."""
     for name, value in (("base_pruning", base_pruning), ("dynamic", dynamic)):
         if not 0 <= value < 1:

@@ -36,8 +36,7 @@ def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: b
         kept = best_in_groups(saliency(stats), groups, bought[0])
         if not intercept:
             forms = {
-                name: Dense(len(kept), layer.stack_width(name), layer.hidden)
-                for name in layer.stacks((), joint=True)
+                name: Dense(len(kept), layer.stack_width(name), layer.hidden) for name in layer.stacks((), joint=True)
             }
             return LayerPlan(layer, forms, kept=kept)
         widths = tuple(layer.intermediate if e in kept else 0 for e in range(layer.experts))

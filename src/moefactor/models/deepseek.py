@@ -4,7 +4,6 @@ Softmax routing without normalisation, ungated shared experts, a dense first lay
 one module an expert; here they are fused, and read and written under the published tensor names.
 """
 
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping

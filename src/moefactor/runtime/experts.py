@@ -83,7 +83,9 @@ class FactorisedExperts(nn.Module):
 
     def _constants(self) -> Tensor:
         """(E, H): what each expert adds whatever its input, the model's bias and the intercept."""
-        constants = self.down_bias if self.layer.biased else self.intercept.new_zeros(self.layer.experts, self.layer.hidden)
+        constants = (
+            self.down_bias if self.layer.biased else self.intercept.new_zeros(self.layer.experts, self.layer.hidden)
+        )
         if not self.intercept_ids:
             return constants
         ids = torch.tensor(self.intercept_ids, device=constants.device)
