@@ -75,8 +75,8 @@ def calibrate(
 ) -> None:
     """Writes the dense model's statistics of every expert layer into the run folder.
 
-    A finished calibration of the same text that has these statistics (or more) is left as it is. Gradient statistics take the model
-    through a backward pass as well, one layer at a time: every layer's inputs wait on disk meanwhile.
+    A finished calibration of the same text that has these statistics (or more) is left as it is. Gradient statistics
+    take the model through a backward pass as well, one layer at a time: every layer's inputs wait on disk meanwhile.
     """
     for name in needs:
         if name not in STATISTICS:
@@ -84,9 +84,10 @@ def calibrate(
     needs = set(needs) | {"routing"}
     description = {**calibration.description, "statistics": sorted(needs)}
     earlier = run.calibration()
-    if earlier and {**earlier, "statistics": []} == {**description, "statistics": []}:
-        if needs <= set(earlier["statistics"]):
-            return
+    if earlier == {**description, "statistics": earlier and earlier["statistics"]} and needs <= {
+        *earlier["statistics"]
+    }:
+        return
     batches = calibration.batches
     if "fisher" in needs:  # each sequence's gradient is squared on its own
         batches = [row for batch in batches for row in batch.split(1)]

@@ -72,7 +72,12 @@ class Checkpoint:
     def _files(self) -> dict[str, Path]:
         index = self.folder / INDEX
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            try:
+                weight_map = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{index}: not an index of shards (JSON with a 'weight_map'). Download it again."
+                ) from None
         elif (self.folder / WEIGHTS).is_file():
             weight_map = dict.fromkeys(self._names(self.folder / WEIGHTS), WEIGHTS)
         else:
@@ -140,6 +145,16 @@ class ModelReader:
             if target in state:
                 targets[name] = target
         return targets
+
+    def check_complete(self) -> None:
+        """Raises UserError for a parameter that no tensor of the checkpoint is meant for, loaded here or not."""
+        known = {*self.targets.values(), *self.model.all_tied_weights_keys}
+        missing = [name for name in self.model.state_dict() if name not in known]
+        if missing:
+            raise UserError(
+                f"{missing[0]}: missing from the checkpoint ({len(missing)} such tensors). "
+                "Download the model again, or check that its config.json belongs to it."
+            )
 
     @property
     def ignored(self) -> list[str]:
@@ -279,9 +294,10 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        if kind is None:
-            self._finish()
-        else:
+        try:
+            if kind is None:
+                self._finish()
+        finally:  # gone when it was moved; what a full disk cut short in _finish must not stay either
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, tensors: dict[str, Tensor]) -> None:

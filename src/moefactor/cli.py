@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 from rich.table import Table
+from rich.text import Text as RichText
 
 from . import compress as compress_verb
 from .allocate import RULES
@@ -240,6 +241,7 @@ def factorise(
     streamed, folder = StreamedModel(model, device or default_device()), RunFolder(run)
     made = Plan.read(folder.plan, streamed.experts)
     chosen = get(made.method)
+    made = replace(made, options=chosen.complete(made.options))
     text = None
     if sequential and chosen.factorise_needs(made.options):
         text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
@@ -289,7 +291,7 @@ def evaluate(
 @app.command()
 def compare(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json; a stopped run goes on there.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results.json; a stopped run goes on.")],
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "svd,whitened_svd,rfid",
     also: Annotated[
         list[str] | None,
@@ -324,17 +326,16 @@ def compare(
 def comparison_table(rows: list[dict]) -> Table:
     """One line a run; the Pareto front (parameters against mean perplexity) is starred."""
     dense = rows[0]
-    table = Table(
-        "method", "ratio", *dense["perplexity"], "× dense", "experts", "model", "disk", "tok/s", "seconds", ""
-    )
+    names = ("× dense", "experts", "model", "disk", "tok/s", "s", "")
+    table = Table("method", "ratio", *dense["perplexity"], *names)
     for row in rows:
         if "error" in row:
             table.add_row(row["label"], str(row["ratio"]), f"[dim]{row['error']}")
             continue
         table.add_row(
             row["label"], str(row["ratio"]), *(f"{p:.2f}" for p in row["perplexity"].values()),
-            f"{row['mean_perplexity'] / dense['mean_perplexity']:.3f}", f"{row['expert_parameters']:,}",
-            f"{row['parameters']:,}", _size(row["disk_bytes"]), f"{row['tokens_per_second']:,.0f}",
+            f"{row['mean_perplexity'] / dense['mean_perplexity']:.3f}", _short(row["expert_parameters"]),
+            _short(row["parameters"]), _size(row["disk_bytes"]), f"{row['tokens_per_second']:,.0f}",
             f"{row.get('seconds', 0):.1f}", "★" if row["front"] else "",
         )  # fmt: skip
     return table
@@ -409,6 +410,11 @@ def _ranks(ranks: list[int]) -> str:
     return ", ".join(f"{rank} × {ranks.count(rank)}" for rank in sorted(set(ranks), reverse=True))
 
 
+def _short(count: int) -> str:
+    """`2.36 M`: parameters, where the column is narrow."""
+    return next((f"{count / size:.2f} {unit}" for unit, size in (("B", 1e9), ("M", 1e6)) if count >= size), str(count))
+
+
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
@@ -424,7 +430,8 @@ def main() -> None:
     except UserError as error:
         if getattr(_root, "debug", False):
             raise
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        # Assembled, not marked up: [brackets] in a name are not tags.
+        errors.print(RichText.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(2)
 
 

@@ -127,7 +127,7 @@ class _Rows:
 
 
 def mark_front(rows: list[dict]) -> None:
-    """Sets `front` where no other row has both fewer parameters and a lower perplexity (one of them at least as good)."""
+    """Sets `front` where no other row is at least as good in both parameters and mean perplexity."""
     for row in rows:
         if "error" in row:
             row["front"] = False

@@ -177,7 +177,7 @@ def write_checkpoint(model: StreamedModel, plan: Plan, run: RunFolder, output: P
 
         writer.copy_plain(model.reader.checkpoint, rest, source=model.reader.source, change=change)
         writer.companions(model.folder)
-        writer.text("config.json", checkpoint_config(model.folder, plan))
+        writer.text("config.json", checkpoint_config(model.folder, plan, model.config.model_type))
         writer.text("plan.json", plan.dumps())
         writer.text("compression.json", json.dumps(run.report(), indent=1) + "\n")
         if not standard:

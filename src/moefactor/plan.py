@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,8 +85,8 @@ class LayerPlan:
             )
         forms = {
             name: form_from_json(
-                form, experts=layer.experts if kept is None else len(kept), width=layer.stack_width(name), hidden=layer.hidden,
-                where=f"{layer.name} {name}",
+                form, experts=layer.experts if kept is None else len(kept), width=layer.stack_width(name),
+                hidden=layer.hidden, where=f"{layer.name} {name}",
             )
             for name, form in stacks.items()
         }  # fmt: skip
@@ -161,6 +162,8 @@ class Plan:
             raise UserError(f"{path}: no plan there. Run `moefactor plan` first.") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}.") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: not a plan: expected a JSON object.")
         if data.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format_version {data.get('format_version')!r}; this moefactor reads {FORMAT_VERSION}."
@@ -168,6 +171,11 @@ class Plan:
         missing = [key for key in ("model", "method", "ratio", "seed", "layers") if key not in data]
         if missing:
             raise UserError(f"{path}: the plan lacks {', '.join(missing)}. Plan again.")
+        for key, kind in (("layers", list), ("seed", int), ("options", dict), ("ratio", float | int | None)):
+            if not isinstance(data.get(key, {} if key == "options" else None), kind):
+                raise UserError(f"{path}: {key!r} is {data[key]!r}, which is of the wrong type. Plan again.")
+        if not all(isinstance(entry, dict) for entry in data["layers"]):
+            raise UserError(f"{path}: every one of 'layers' must be a JSON object. Plan again.")
         entries = {entry.get("name"): entry for entry in data["layers"]}
         names = [layer.name for layer in layers]
         if list(entries) != names:
@@ -188,6 +196,6 @@ class Plan:
         if self.parameter_count() > budget:
             raise UserError(
                 f"The plan keeps {self.parameter_count():,} expert parameters, ratio {self.ratio} allows {budget:,}. "
-                f'Lower some ranks, or set "ratio" in the plan to {self.achieved_ratio():.4f} or less '
-                "(null for no budget)."
+                f'Lower some ranks, or set "ratio" to {math.floor(self.achieved_ratio() * 1e4) / 1e4} or less in the '
+                "plan (null for no budget)."
             )

@@ -112,8 +112,13 @@ class RunFolder:
         self._write_json("journal.json", {"plan": digest, "layers": layers})
 
     def report(self) -> dict:
-        """The journal and what was calibrated on, for the finished checkpoint."""
-        return {"calibration": self.calibration(), **self._read_json("journal.json")}
+        """The journal and what was calibrated on, for the finished checkpoint.
+
+        Without the seconds: a resumed run ends with the same bytes.
+        """
+        journal = self._read_json("journal.json")
+        layers = {index: {k: v for k, v in e.items() if k != "seconds"} for index, e in journal["layers"].items()}
+        return {"calibration": self.calibration(), **journal, "layers": layers}
 
     def layer_file(self, index: int) -> Path:
         return self._path("layers", index)
@@ -135,6 +140,9 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            return json.loads(path.read_text())
+            data = json.loads(path.read_text())
+            if not isinstance(data, dict):
+                raise UserError(f"{path}: not what moefactor writes there. Remove it.")
+            return data
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}. Remove it.") from None

@@ -101,7 +101,10 @@ class StreamedModel:
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         self.name = name
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise UserError(f"Unknown device {str(device)!r}; cpu, cuda, cuda:1 ...") from None
         self.folder: Path = resolve(name)
         self.config = read_config(self.folder, name)
         source = _quantised_source(self.config, name)
@@ -110,6 +113,7 @@ class StreamedModel:
         self.experts: list[ExpertLayer] = find_experts(self.model, name)
         self.decoder_layers = decoder_layers(self.model, self.experts)
         self.reader = ModelReader(Checkpoint(self.folder), self.model, source)
+        self.reader.check_complete()
         self.model.set_experts_implementation(OBSERVED)
 
     def experts_of(self, decoder_layer: str) -> ExpertLayer | None:

@@ -44,5 +44,7 @@ def form_from_json(data: dict, *, experts: int, width: int, hidden: int, where: 
         raise UserError(f"{where}: {unknown('form', str(data['form']), FORMS)}")
     try:
         return FORMS[data["form"]].from_json(data, experts=experts, width=width, hidden=hidden, where=where)
-    except (KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: field {error} is missing or of the wrong type.") from error

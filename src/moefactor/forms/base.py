@@ -51,7 +51,7 @@ class Routing:
         weighted = pairs * self.weight.unsqueeze(-1).to(pairs.dtype)
         by_token = torch.empty_like(weighted)
         by_token[self.order] = weighted
-        return by_token.view(self.tokens, self.top_k, -1).sum(dim=1)
+        return by_token.view(self.tokens, self.top_k, pairs.shape[-1]).sum(dim=1)
 
 
 def grouped_linear(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _grouped_mm_allows(matrices: Tensor) -> bool:
         return False
     align = _alignment(matrices.dtype)
     strides = matrices.stride()
-    return 1 in strides[1:] and all(s % align == 0 for s in strides if s != 1)
+    return strides[1:].count(1) == 1 and all(s % align == 0 for s in strides if s != 1)
 
 
 def _aligned(rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Ragged(Form):
         ends = [0]
         for width in self.widths:
             ends.append(ends[-1] + self.halves * width)
-        return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return [slice(a, b) for a, b in pairwise(ends)]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"weight": (self.halves * sum(self.widths), self.hidden)}

@@ -96,7 +96,7 @@ class SparseResidual(Form):
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
         out = self.inner.read(factors, tokens, routing)
         parts = [tokens[routing.token[a:b]] @ self.thrown_back(factors, e).T for e, (a, b) in self._hit(routing)]
-        return out + torch.cat(parts)
+        return out + torch.cat(parts) if parts else out
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         return self.inner.write(factors, activations, routing) + self._write_residual(factors, activations, routing)
@@ -106,7 +106,8 @@ class SparseResidual(Form):
         return inner + routing.combine(self._write_residual(factors, activations, routing))
 
     def _write_residual(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        return torch.cat([activations[a:b] @ self.thrown_back(factors, e) for e, (a, b) in self._hit(routing)])
+        parts = [activations[a:b] @ self.thrown_back(factors, e) for e, (a, b) in self._hit(routing)]
+        return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
 
     def _hit(self, routing: Routing) -> list[tuple[int, tuple[int, int]]]:
         """Experts that have rows: the residual of the others is never rebuilt."""

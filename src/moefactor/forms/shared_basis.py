@@ -125,7 +125,7 @@ class SharedBasis(Form):
                 # Sum in the latent space, then leave it once a token instead of once an expert.
                 cell = part.token * groups + part.group
                 summed = weighted.new_zeros(routing.tokens * groups, rank).index_add_(0, cell, weighted)
-                out = (summed.to(basis.dtype).view(routing.tokens, -1) @ basis.flatten(0, 1)).float()
+                out = (summed.to(basis.dtype).view(routing.tokens, groups * rank) @ basis.flatten(0, 1)).float()
             else:
                 rows = grouped_linear(weighted.to(basis.dtype), basis, part.group_offsets)
                 out = weighted.new_zeros(routing.tokens, self.hidden).index_add_(0, part.token, rows.float())
@@ -205,7 +205,9 @@ class SharedBasis(Form):
             ids = [int(g) for g in data["groups"].split()]
             if len(ids) != experts:
                 raise UserError(f"{where}: 'groups' names {len(ids)} experts, the layer has {experts}.")
-            groups = tuple(tuple(e for e, g in enumerate(ids) if g == index) for index in range(max(ids) + 1))
+            if sorted(set(ids)) != list(range(len(ranks))):
+                raise UserError(f"{where}: 'groups' must name the groups 0 to {len(ranks) - 1}, one for each rank.")
+            groups = tuple(tuple(e for e, g in enumerate(ids) if g == index) for index in range(len(ranks)))
         if len(ranks) != len(groups) or not all(groups):
             raise UserError(f"{where}: {len(groups)} groups need as many ranks and an expert each; found {len(ranks)}.")
         for index, (group, rank) in enumerate(zip(groups, ranks, strict=True)):

@@ -29,7 +29,7 @@ RIDGE = 1e-2
 def offers(
     weights: ExpertWeights, stats: LayerStats, *, seed: int, widths: Widths = "expert", intercept: bool = False
 ) -> LayerOffers:
-    """`widths`: each expert its own, one for a layer, or one for the model (then the result is a standard checkpoint)."""
+    """`widths`: each expert its own, one for a layer, or one for the model, which gives a standard checkpoint."""
     layer = weights.layer
     price = len(layer.projections) * layer.hidden
     gains = importance(weights, stats).sort(dim=1, descending=True).values.cpu()  # (E, I)

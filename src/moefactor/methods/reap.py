@@ -1,8 +1,8 @@
 """reap: the experts that add least are dropped, the router is cut (REAP, arXiv 2510.13999).
 
-Saliency of e: the mean over its tokens of g·‖f_e(x)‖. The lowest go, as many in every layer, so the result is a standard,
-smaller MoE. A group-limited router keeps as many experts in each of its groups. With `--intercept` the router stays
-whole and a dropped expert gives a constant, its mean output (MoNE, arXiv 2507.00390); that needs moefactor to run.
+Saliency of e: the mean over its tokens of g·‖f_e(x)‖. The lowest go, as many in every layer, so the result is a
+standard, smaller MoE. A group-limited router keeps as many experts in each of its groups. With `--intercept` the
+router stays whole and a dropped expert gives a constant, its mean output (MoNE, arXiv 2507.00390); that needs moefactor.
 """
 
 from __future__ import annotations

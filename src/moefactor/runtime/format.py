@@ -18,13 +18,14 @@ STUB = "modeling_moefactor"
 STUB_CLASS = "MoefactorForCausalLM"
 
 
-def checkpoint_config(source: Path, plan: Plan) -> str:
+def checkpoint_config(source: Path, plan: Plan, model_type: str) -> str:
     """The source's config.json with our `quantization_config`, and two guards for readers without the package.
 
     `experts_implementation` is a name that transformers refuses unless moefactor is imported; without it the model
     would load with random experts and still generate.
     """
     config = json.loads((source / "config.json").read_text())
+    config["model_type"] = model_type  # as it was read: kimi_k2 is deepseek_v3 to transformers
     if plan.standard():
         return json.dumps(_smaller(config, plan), indent=2) + "\n"
     config["quantization_config"] = quantization_config(plan)

@@ -47,7 +47,13 @@ class MoefactorQuantizer(HfQuantizer):
             setattr(parent, leaf, FactorisedExperts.replacing(getattr(parent, leaf), plan))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
-        unfilled = [n for n, p in model.named_parameters() if p.device.type == "meta"]
+        # transformers fills what a file lacks with whatever was in memory; only what it loaded carries this flag.
+        # Parameters on the meta device are those that accelerate has put off to disk or host memory.
+        unfilled = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False)
+        ]
         experts = {name for name, module in model.named_modules() if isinstance(module, FactorisedExperts)}
         lost = [name for name in unfilled if name.rpartition(".")[0] in experts]
         if lost:

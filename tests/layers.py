@@ -1,0 +1,113 @@
+"""Random experts and what a router would have shown them, for tests of one layer's mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from moefactor.allocate import LayerOffers
+from moefactor.experts import CompressedExperts, ExpertLayer, ExpertWeights
+from moefactor.methods import Method
+from moefactor.methods.base import accepted
+from moefactor.plan import LayerPlan
+from moefactor.stats import STATISTICS, LayerStats
+
+UNUSED = 3  # the expert that no token reaches
+
+LAYERS = {
+    "gated": ExpertLayer("model.layers.0.mlp.experts", "model.layers.0", 8, 16, 24),
+    "ungated": ExpertLayer("model.layers.0.mlp.experts", "model.layers.0", 8, 16, 24, gated=False),
+    "biased": ExpertLayer(
+        "model.layers.0.mlp.experts", "model.layers.0", 8, 16, 24, concatenated=False, transposed=True, biased=True
+    ),
+}
+
+
+def random_weights(layer: ExpertLayer = LAYERS["gated"], *, seed: int = 0) -> ExpertWeights:
+    """Experts with something in common and a spectrum that falls, as trained ones have."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    e, i, h = layer.experts, layer.intermediate, layer.hidden
+    falling = 1 / torch.arange(1, h + 1).sqrt()
+
+    def matrices() -> Tensor:
+        return (normal(e, i, h) + 0.5 * normal(i, h)) * falling
+
+    biases = {}
+    if layer.biased:
+        biases = {"gate_bias": normal(e, i), "up_bias": normal(e, i), "down_bias": normal(e, h)}
+    gate = matrices() if layer.gated else None
+    return ExpertWeights(layer, up=matrices(), down=matrices().transpose(1, 2), gate=gate, **biases)
+
+
+def routed_tokens(
+    weights: ExpertWeights, *, tokens: int = 400, seed: int = 1
+) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """(expert, x, h, y, g) of every expert in use: correlated inputs, uneven routing, expert UNUSED left out."""
+    layer = weights.layer
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(layer.hidden, layer.hidden, generator=generator)
+    x = torch.randn(tokens, layer.hidden, generator=generator) @ mixing
+    logits = x[:, : layer.experts] + torch.linspace(3, 0, layer.experts)
+    logits[:, UNUSED] = -torch.inf
+    g, chosen = logits.softmax(-1).topk(2)
+    seen = []
+    for expert in range(layer.experts):
+        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        rows = x[token]
+        if len(rows):
+            up = rows @ weights.up[expert].T
+            h = silu(rows @ weights.gate[expert].T) * up if layer.gated else silu(up)
+            seen.append((expert, rows, h, h @ weights.down[expert].T, g[token, slot]))
+    return seen
+
+
+def random_stats(weights: ExpertWeights, **how: int) -> LayerStats:
+    """Every statistic there is; gradients, which no loss stands behind here, are random."""
+    stats = LayerStats.zeros(weights.layer, STATISTICS)
+    generator = torch.Generator().manual_seed(2)
+    for expert, x, h, y, g in routed_tokens(weights, **how):
+        stats.add(expert, x, h, y, g)
+        stats.add_gradient(expert, g[:, None] * torch.randn(y.shape, generator=generator))
+        stats.fisher[expert] += len(g) * torch.rand(stats.fisher[expert].shape, generator=generator)
+    return stats
+
+
+SUMS = {"count", "weight", "weight_square", "output_norm"}  # always collected
+
+
+def only(stats: LayerStats, needs: set[str]) -> LayerStats | None:
+    """What a run folder would hold if no more than `needs` had been collected."""
+    if not needs:
+        return None
+    kept = SUMS | needs | ({"hidden_sum"} if "hidden_square" in needs else set())
+    return LayerStats(**{f.name: getattr(stats, f.name) if f.name in kept else None for f in fields(stats)})
+
+
+def offered(method: Method, weights: ExpertWeights, stats: LayerStats | None, options: dict) -> LayerOffers:
+    """A method's offers, from no more statistics than it says it plans by."""
+    seen = only(stats, method.plan_needs(options)) if stats is not None else None
+    return method.offers(weights, seen, seed=5, **accepted(method.offers, options))
+
+
+def factorised(
+    method: Method, weights: ExpertWeights, stats: LayerStats, *, units: int | None = None, **options: object
+) -> tuple[LayerPlan, CompressedExperts]:
+    """One layer through a method, every offer bought `units` times (None: as often as can be)."""
+    options = method.complete(options)
+    offers = offered(method, weights, stats, options)
+    bought = [o.maximum if units is None else max(o.minimum, min(units, o.maximum)) for o in offers.offers]
+    plan = offers.plan(bought)
+    result = method.factorise(weights, only(stats, method.factorise_needs(options)), plan, seed=5, **options)
+    return plan, result
+
+
+def stacked(weights: ExpertWeights) -> dict[str, Tensor]:
+    """Every projection by name, to compare two layers."""
+    return {name: getattr(weights, name) for name in weights.layer.projections}

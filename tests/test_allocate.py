@@ -1,0 +1,169 @@
+"""Spending a budget: never beyond it, next to nothing left, and what each rule promises."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moefactor.allocate import RULES, LayerOffers, Offer, spend, water_fill
+from moefactor.errors import UserError
+from moefactor.experts import ExpertLayer
+from moefactor.plan import LayerPlan
+
+QUICK = settings(max_examples=60, deadline=None)
+# Large enough that any of the offers below is a compression of it.
+LAYER = ExpertLayer("model.layers.0.mlp.experts", "model.layers.0", experts=10, intermediate=40, hidden=50)
+
+
+def layer_of(offers: list[Offer], fixed: int = 0) -> LayerOffers:
+    return LayerOffers(LAYER, fixed, tuple(offers), plan=lambda units: LayerPlan(LAYER, {}))
+
+
+def offer(
+    cost: int = 10, maximum: int = 20, *, score: float = 1.0, stack: str = "up", gains: list | None = None
+) -> Offer:
+    falling = gains if gains is not None else [1 / (n + 1) for n in range(maximum)]
+    return Offer(stack, cost, maximum, cost * maximum, score=score, gains=torch.tensor(falling))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> list[LayerOffers]:
+    def one() -> Offer:
+        maximum = draw(st.integers(1, 20))
+        gains = draw(st.lists(st.floats(0, 1), min_size=maximum, max_size=maximum))
+        return offer(
+            draw(st.integers(1, 40)), maximum, score=draw(st.floats(0, 5)), stack=draw(st.sampled_from(["up", "down"])),
+            gains=sorted(gains, reverse=True),
+        )  # fmt: skip
+
+    def whole() -> LayerOffers:
+        offers = sorted((one() for _ in range(draw(st.integers(1, 4)))), key=lambda o: o.stack)
+        return layer_of(offers, fixed=draw(st.integers(0, 100)))
+
+    return [whole() for _ in range(draw(st.integers(1, 3)))]
+
+
+def cost(parts: list[LayerOffers], bought: list[list[int]]) -> int:
+    return sum(
+        layer.fixed + sum(n * o.unit_cost for n, o in zip(units, layer.offers, strict=True))
+        for layer, units in zip(parts, bought, strict=True)
+    )
+
+
+def extreme(parts: list[LayerOffers], what: str) -> int:
+    return cost(parts, [[getattr(o, what) for o in layer.offers] for layer in parts])
+
+
+@QUICK
+@given(parts=layers(), rule=st.sampled_from(RULES), fraction=st.floats(0, 1.2), multiple=st.sampled_from([1, 1, 4, 8]))
+def test_the_budget_is_met(parts: list[LayerOffers], rule: str, fraction: float, multiple: int) -> None:
+    least, most = extreme(parts, "minimum"), extreme(parts, "maximum")
+    budget = least + int(fraction * (most - least))
+    bought = spend(parts, budget, rule, multiple=multiple)
+    left = budget - cost(parts, bought)
+    assert left >= 0
+    pairs = [
+        (n, o) for layer, units in zip(parts, bought, strict=True) for n, o in zip(units, layer.offers, strict=True)
+    ]
+    assert all(o.minimum <= n <= o.maximum for n, o in pairs)
+    if multiple == 1:
+        # Nothing that could still be bought is left unbought.
+        assert all(n == o.maximum or o.unit_cost > left for n, o in pairs)
+
+
+@QUICK
+@given(parts=layers(), rule=st.sampled_from(RULES), fraction=st.floats(0, 1))
+def test_ranks_come_in_multiples(parts: list[LayerOffers], rule: str, fraction: float) -> None:
+    """Of 4 here, except where an offer ends; unless the budget is too small for one block of each."""
+    blocks = sum(layer.fixed + sum(min(4, o.maximum) * o.unit_cost for o in layer.offers) for layer in parts)
+    budget = blocks + int(fraction * (extreme(parts, "maximum") - blocks))
+    for layer, units in zip(parts, spend(parts, budget, rule, multiple=4), strict=True):
+        assert all(n % 4 == 0 or n == o.maximum for n, o in zip(units, layer.offers, strict=True))
+
+
+@given(budget=st.integers(60, 1200), multiple=st.sampled_from([1, 4]))
+@QUICK
+def test_uniform_treats_equals_alike(budget: int, multiple: int) -> None:
+    units = [n for part in spend([layer_of([offer()] * 3)] * 2, budget, "uniform", multiple=multiple) for n in part]
+    if budget >= 6 * multiple * 10:
+        assert max(units) - min(units) <= multiple
+
+
+def test_uniform_keeps_the_same_fraction_of_unequal_offers() -> None:
+    bought = spend([layer_of([offer(10, 100), offer(30, 40)]), layer_of([offer(5, 60)])], 1250, "uniform")
+    assert bought == [[50, 20], [30]]  # half of each
+
+
+@QUICK
+@given(scores=st.lists(st.floats(0.5, 2), min_size=2, max_size=6), total=st.integers(40, 120))
+def test_score_is_the_closed_form_where_nothing_binds(scores: list[float], total: int) -> None:
+    """K_g = K_total · C_g / ΣC, to within the one rank that rounding takes (RFID eq. 9)."""
+    ranks = [total * s / sum(scores) for s in scores]
+    assume(min(ranks) >= 1)
+    (units,) = spend([layer_of([offer(7, 1000, score=s) for s in scores])], 7 * total, "score")
+    assert sum(units) == total
+    assert all(abs(n - rank) < 1 for n, rank in zip(units, ranks, strict=True))
+
+
+def test_score_splits_each_stack_on_its_own() -> None:
+    """A stack with large scores takes nothing from the other."""
+    offers = [offer(10, 100, score=s, stack="up") for s in (1, 3)]
+    offers += [offer(10, 100, score=s, stack="down") for s in (600, 200)]
+    assert spend([layer_of(offers)], 800, "score") == [[10, 30, 30, 10]]
+
+
+def test_what_a_cap_cuts_off_goes_to_the_others_in_proportion() -> None:
+    offers = [offer(10, 5, score=1000.0), offer(10, 100, score=1.0), offer(10, 100, score=2.0)]
+    assert spend([layer_of(offers)], 350, "score") == [[5, 10, 20]]
+
+
+@QUICK
+@given(
+    gains=st.lists(
+        st.lists(st.floats(0, 1), min_size=4, max_size=4).map(lambda g: sorted(g, reverse=True)), min_size=2, max_size=3
+    ),
+    extra=st.integers(0, 9),
+)
+def test_loss_is_the_best_of_all_ways_to_spend(gains: list[list[float]], extra: int) -> None:
+    """Against every combination there is; with equal prices and falling gains greedy must be optimal."""
+    count = len(gains)
+    (units,) = spend([layer_of([offer(10, 4, gains=g) for g in gains])], 10 * (count + extra), "loss")
+
+    def recovered(choice: tuple[int, ...]) -> float:
+        return sum(sum(g[:n]) for g, n in zip(gains, choice, strict=True))
+
+    ways = itertools.product(range(1, 5), repeat=count)
+    assert recovered(tuple(units)) == pytest.approx(
+        max(recovered(w) for w in ways if sum(w) <= count + extra), abs=1e-5
+    )
+
+
+def test_loss_goes_by_gain_for_each_parameter() -> None:
+    """The second offer gains less a unit but costs a tenth."""
+    dear, cheap = offer(100, 3, gains=[9, 5, 5]), offer(10, 3, gains=[9, 1, 1])
+    assert spend([layer_of([dear, cheap])], 130, "loss") == [[1, 3]]
+
+
+@QUICK
+@given(parts=layers(), rule=st.sampled_from(RULES))
+def test_a_budget_too_small_is_refused_with_one_that_is_not(parts: list[LayerOffers], rule: str) -> None:
+    least, total = extreme(parts, "minimum"), LAYER.parameter_count * len(parts)
+    assume(least < 0.99 * total)
+    with pytest.raises(UserError, match="can't be reached") as refused:
+        spend(parts, least - 1, rule)
+    ratio = float(re.search(r"highest ratio .* is (0\.\d+)", str(refused.value)).group(1))
+    assert int((1 - ratio) * total) - least <= 0.002 * total
+    spend(parts, int((1 - ratio) * total), rule)  # as make_plan counts it
+
+
+def test_water_fill_fills_to_the_budget_or_the_brim() -> None:
+    weights, low, high = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 1.0], [9.0, 9.0, 5.0]]).double()
+    torch.testing.assert_close(
+        water_fill(weights, low, high, 9.5), torch.tensor([1.5, 3.0, 5.0]).double(), atol=1e-6, rtol=0
+    )
+    assert water_fill(weights, low, high, 99).tolist() == high.tolist()

@@ -1,0 +1,99 @@
+"""Text in, windows of tokens out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moefactor.errors import UserError
+from moefactor.text import load_tokenizer, model_length, read_text, sample_windows, tokenise, windows
+from tiny import tokenizer
+
+
+def config(most: int) -> SimpleNamespace:
+    return SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=most))
+
+
+def test_windows_follow_each_other_and_the_rest_is_dropped() -> None:
+    assert windows(torch.arange(11), 4, "x").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(UserError, match=r"notes\.txt: 3 tokens are too few for one window of 4"):
+        windows(torch.arange(3), 4, "notes.txt")
+
+
+def test_samples_are_windows_drawn_by_the_seed() -> None:
+    ids = torch.arange(400)
+    first = sample_windows(ids, 4, 10, 0, "x")
+    assert first.shape == (10, 4)
+    assert all(row[0] % 4 == 0 and row.tolist() == list(range(row[0], row[0] + 4)) for row in first)
+    assert first[:, 0].tolist() == sorted(set(first[:, 0].tolist()))
+    assert torch.equal(first, sample_windows(ids, 4, 10, 0, "x"))
+    assert not torch.equal(first, sample_windows(ids, 4, 10, 1, "x"))
+    assert len(sample_windows(ids, 4, 1000, 0, "x")) == 100  # all there are
+    state = torch.get_rng_state()
+    sample_windows(ids, 4, 10, 2, "x")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_window_is_as_long_as_asked_or_2048_or_what_the_model_takes() -> None:
+    assert model_length(config(4096), 100) == 100
+    assert model_length(config(4096), None) == 2048
+    assert model_length(config(512), None) == 512
+    with pytest.raises(UserError, match="Windows of 600 tokens: this model takes 512"):
+        model_length(config(512), 600)
+
+
+def test_tokens_are_the_bytes_and_nothing_is_added() -> None:
+    ids = tokenise(tokenizer(), "abc " * 5000)  # longer than any model: no warning, no cut
+    assert ids.shape == (20_000,)
+    assert ids.dtype == torch.long
+    assert tokenizer().decode(ids[:8]) == "abc abc "
+
+
+def test_files_folders_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "image.png").write_bytes(b"\xff\x00")
+    (tmp_path / "sub").mkdir()
+    lines = [{"text": "third"}, {"text": "fourth", "id": 4}]
+    (tmp_path / "sub" / "c.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert read_text(str(tmp_path / "a.txt")) == "first"
+    assert read_text(str(tmp_path / "sub" / "c.jsonl")) == "third\n\nfourth"
+    assert read_text(str(tmp_path)) == "first\n\nsecond\n\nthird\n\nfourth"
+
+
+def test_the_default_text_is_there_without_a_network() -> None:
+    assert "The assignment statement" in read_text(None) or "assignment" in read_text(None)
+    assert len(read_text(None)) > 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8 text"),
+        ("empty.txt", b" \n", "the text is empty"),
+        ("bad.jsonl", b"{}\n", "field 'text'"),
+        ("bad.jsonl", b"not json\n", "field 'text'"),
+        ("bad.jsonl", b'["text"]\n', "field 'text'"),
+        ("bad.jsonl", b'{"text": 3}\n', "field 'text'"),
+    ],
+)
+def test_files_that_are_no_text(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        read_text(str(tmp_path / name))
+
+
+def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such text file or folder"):
+        read_text(str(tmp_path / "gone.txt"))
+    with pytest.raises(UserError, match="no text files in this folder"):
+        read_text(str(tmp_path))
+
+
+def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
