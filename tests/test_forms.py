@@ -10,8 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moefactor.forms import Dense, Form, Routing, SharedBasis, SparseResidual, form_from_json, grouped_linear, low_rank
+from moefactor.errors import UserError
+from moefactor.forms import (
+    BasePlusDelta,
+    BasisMixture,
+    Dense,
+    Form,
+    Ragged,
+    Routing,
+    SharedBasis,
+    SharedPrivate,
+    SparseResidual,
+    form_from_json,
+    grouped_linear,
+    low_rank,
+)
 from moefactor.forms.base import Factors
+from moefactor.forms.basis_mixture import ACTIVATIONS, pack_bases
 
 QUICK = settings(max_examples=40, deadline=None)
 
@@ -25,23 +40,88 @@ def partitions(draw: st.DrawFn, experts: int) -> tuple[tuple[int, ...], ...]:
 
 
 @st.composite
+def shared_bases(draw: st.DrawFn, experts: int, width: int, hidden: int) -> SharedBasis:
+    groups = draw(partitions(experts))
+    ranks = tuple(draw(st.integers(1, min(len(g) * width, hidden))) for g in groups)
+    return SharedBasis(experts, width, hidden, groups=groups, ranks=ranks)
+
+
+@st.composite
+def mixtures(draw: st.DrawFn, experts: int, width: int, hidden: int) -> BasisMixture:
+    groups = draw(st.sampled_from([1, 2])) if experts % 2 == 0 else 1
+    rank = draw(st.integers(1, min(width, hidden)))
+    return BasisMixture(
+        experts, width, hidden, bases=draw(st.integers(1, experts // groups)), rank=rank,
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))), groups=groups, basis_rank=draw(st.integers(0, rank)),
+    )  # fmt: skip
+
+
+@st.composite
+def bases_and_deltas(draw: st.DrawFn, experts: int, width: int, hidden: int) -> BasePlusDelta:
+    writes = draw(st.booleans())
+    columns = width if writes else hidden
+    delta: Form = draw(shared_bases(experts, width, hidden))  # low rank among them
+    if draw(st.booleans()):
+        delta = SharedPrivate(experts, width, hidden, rank=draw(st.integers(1, min(width, experts * hidden))))
+    kept = draw(st.just(columns) | st.integers(1, columns))
+    return BasePlusDelta(experts, width, hidden, delta, kept, writes)
+
+
+@st.composite
+def ragged(draw: st.DrawFn, experts: int, channels: int, hidden: int) -> Ragged:
+    halves = draw(st.sampled_from([1, 2]))
+    widths = draw(st.lists(st.integers(0, channels), min_size=experts, max_size=experts))
+    if draw(st.booleans()):
+        widths = [widths[0]] * experts
+    return Ragged(experts, halves * channels, hidden, widths=tuple(widths), halves=halves)
+
+
+@st.composite
 def forms(draw: st.DrawFn) -> Form:
-    experts, width, hidden = (draw(st.integers(1, most)) for most in (6, 20, 20))
-    form: Form = Dense(experts, width, hidden)
-    if draw(st.integers(0, 3)):
-        groups = draw(partitions(experts))
-        ranks = tuple(draw(st.integers(1, min(len(g) * width, hidden))) for g in groups)
-        form = SharedBasis(experts, width, hidden, groups=groups, ranks=ranks)
+    sizes = experts, width, hidden = tuple(draw(st.integers(1, most)) for most in (6, 20, 20))
+    kind = draw(st.sampled_from(["dense", "shared", "shared", "mixture", "base", "ragged", "private"]))
+    if kind == "mixture":
+        return draw(mixtures(*sizes))
+    if kind == "base":
+        return draw(bases_and_deltas(*sizes))
+    if kind == "ragged":
+        return draw(ragged(*sizes))
+    if kind == "private":
+        return SharedPrivate(*sizes, rank=draw(st.integers(1, min(width, experts * hidden))))
+    form: Form = Dense(*sizes) if kind == "dense" else draw(shared_bases(*sizes))
     if draw(st.booleans()):
         groups = draw(partitions(experts))
-        sizes = tuple(draw(st.integers(1, len(g) * width * hidden)) for g in groups)
-        form = SparseResidual(experts, width, hidden, inner=form, groups=groups, sizes=sizes, seed=draw(st.integers(0)))
+        lengths = tuple(draw(st.integers(1, len(g) * width * hidden)) for g in groups)
+        seed = draw(st.integers(0))
+        form = SparseResidual(experts, width, hidden, inner=form, groups=groups, sizes=lengths, seed=seed)
     return form
 
 
 def random_factors(form: Form, dtype: torch.dtype = torch.float32) -> Factors:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in form.shapes().items()}
+
+    def distinct(rows: int, of: int, count: int) -> Tensor:
+        drawn = [torch.randperm(of, generator=generator)[:count].sort().values for _ in range(rows)]
+        return torch.stack(drawn).int()
+
+    factors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in form.shapes().items()}
+    if isinstance(form, BasisMixture) and form.basis_rank:
+        pivots = distinct(form.groups * form.bases, form.rank, form.basis_rank)
+        factors["basis_pivots"] = pivots.view(form.groups, form.bases, form.basis_rank)
+    if "base_columns" in factors:
+        factors["base_columns"] = distinct(1, form.columns, form.kept)[0]
+    assert {name for name, tensor in factors.items() if tensor.dtype == torch.int32} == form.integers() & factors.keys()
+    return factors
+
+
+def reads(form: Form) -> bool:
+    """Whether the form serves gate and up; a base lies on one side only."""
+    return not (isinstance(form, BasePlusDelta) and form.writes)
+
+
+def writes(form: Form) -> bool:
+    """Whether it serves down."""
+    return form.writes if isinstance(form, BasePlusDelta) else not (isinstance(form, Ragged) and form.halves == 2)
 
 
 def random_routing(form: Form, tokens: int, top_k: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -51,36 +131,43 @@ def random_routing(form: Form, tokens: int, top_k: int, seed: int) -> tuple[Tens
     return ids, torch.rand(tokens, top_k, generator=generator)
 
 
-def loop(form: Form, factors: Factors, tokens: Tensor, ids: Tensor, weights: Tensor, between: Tensor) -> tuple:
-    """(rows of read by (token, slot), tokens combined) one pair at a time; the activations are read's · `between`."""
-    dense = [form.dense({k: v.float() for k, v in factors.items()}, e) for e in range(form.experts)]
+def floats(factors: Factors) -> Factors:
+    return {name: t.float() if t.is_floating_point() else t for name, t in factors.items()}
+
+
+def loop(form: Form, factors: Factors, tokens: Tensor, activations: Tensor, ids: Tensor, weights: Tensor) -> tuple:
+    """(what read gives each (token, slot), what write gives each token), one pair at a time."""
+    dense = [form.dense(floats(factors), e) for e in range(form.experts)]
     rows, out = {}, torch.zeros(len(tokens), form.hidden)
     for t, slot in ((t, s) for t in range(len(ids)) for s in range(ids.shape[1])):
         expert = int(ids[t, slot])
         if expert < form.experts:
             rows[t, slot] = dense[expert] @ tokens[t].float()
-            out[t] += weights[t, slot] * (rows[t, slot] * between) @ dense[expert]
+            out[t] += weights[t, slot] * activations[t, slot].float() @ dense[expert]
     return rows, out
 
 
 def check_against_the_loop(form: Form, factors: Factors, tokens: Tensor, ids: Tensor, weights: Tensor, slack: float):
     routing = Routing(ids, weights, form.experts)
-    between = torch.linspace(-1, 1, form.width)
-    rows, combined = loop(form, factors, tokens, ids, weights, between)
-    read = form.read(factors, tokens, routing)
-    assert read.shape == (ids.numel(), form.width)
-    for row, pair in zip(read, routing.order.tolist(), strict=True):
-        expected = rows.get(divmod(pair, ids.shape[1]))
-        if expected is not None:  # rows of skipped pairs hold whatever, their weight is nought
-            torch.testing.assert_close(row.float(), expected, atol=slack * float(1 + expected.abs().max()), rtol=0)
-    activations = read * between.to(read.dtype)
-    for out in (
-        form.write_combined(factors, activations, routing),
-        routing.combine(form.write(factors, activations, routing)),
-    ):
-        assert out.shape == (len(tokens), form.hidden)
-        most = float(combined.abs().max()) if combined.numel() else 0
-        torch.testing.assert_close(out.float(), combined, atol=slack * (1 + most), rtol=0)
+    generator = torch.Generator().manual_seed(1)
+    activations = torch.randn(*ids.shape, form.width, generator=generator).to(tokens.dtype)
+    rows, combined = loop(form, factors, tokens, activations, ids, weights)
+    if reads(form):
+        read = form.read(factors, tokens, routing)
+        assert read.shape == (ids.numel(), form.width)
+        for row, pair in zip(read, routing.order.tolist(), strict=True):
+            expected = rows.get(divmod(pair, ids.shape[1]))
+            if expected is not None:  # rows of skipped pairs hold whatever, their weight is nought
+                torch.testing.assert_close(row.float(), expected, atol=slack * float(1 + expected.abs().max()), rtol=0)
+    if writes(form):
+        pairs = activations.flatten(0, 1)[routing.order]
+        for out in (
+            form.write_combined(factors, pairs, routing),
+            routing.combine(form.write(factors, pairs, routing)),
+        ):
+            assert out.shape == (len(tokens), form.hidden)
+            most = float(combined.abs().max()) if combined.numel() else 0
+            torch.testing.assert_close(out.float(), combined, atol=slack * (1 + most), rtol=0)
 
 
 @QUICK
@@ -104,15 +191,25 @@ def test_applying_in_bfloat16_is_near_the_loop(form: Form, tokens: int, seed: in
         Dense(3, 4, 5),
         low_rank(3, 4, 5, (1, 2, 2)),
         SparseResidual(3, 4, 5, inner=low_rank(3, 4, 5, (2, 2, 2)), groups=((0, 2), (1,)), sizes=(7, 3), seed=1),
+        BasisMixture(3, 4, 5, bases=2, rank=3),
+        BasisMixture(3, 4, 5, bases=2, rank=3, basis_rank=2),
+        BasePlusDelta(3, 4, 5, low_rank(3, 4, 5, (1, 2, 2)), 3, writes=False, dynamic=0.4),
+        BasePlusDelta(3, 4, 5, low_rank(3, 4, 5, (1, 2, 2)), 3, writes=True, dynamic=0.4),
+        SharedPrivate(3, 4, 5, rank=2),
+        Ragged(3, 4, 5, widths=(2, 0, 4)),
+        Ragged(3, 4, 5, widths=(2, 2, 2)),
+        Ragged(3, 4, 5, widths=(0, 0, 0)),
     ],
 )
 @pytest.mark.parametrize("ids", [torch.zeros(0, 2, dtype=torch.long), torch.full((4, 2), 3)])
 def test_no_tokens_and_tokens_for_no_expert(form: Form, ids: Tensor) -> None:
     routing = Routing(ids, torch.ones(ids.shape), form.experts)
     factors = random_factors(form)
-    rows = form.read(factors, torch.ones(len(ids), 5), routing)
-    assert rows.shape == (ids.numel(), 4)
-    assert torch.equal(form.write_combined(factors, rows, routing), torch.zeros(len(ids), 5))
+    if reads(form):
+        assert form.read(factors, torch.ones(len(ids), 5), routing).shape == (ids.numel(), 4)
+    if writes(form):
+        combined = form.write_combined(factors, torch.ones(ids.numel(), 4), routing)
+        assert torch.equal(combined, torch.zeros(len(ids), 5))
 
 
 @QUICK
@@ -174,3 +271,108 @@ def test_combine_weighs_and_sums_a_tokens_experts() -> None:
     routing = Routing(ids, weights, 2)  # expert 2 does not exist
     values = torch.tensor([[1.0], [10.0], [100.0], [1000.0]])  # by (token, slot)
     assert routing.combine(values[routing.order]).tolist() == [[0.5 * 1 + 2 * 10], [3 * 100]]
+
+
+@QUICK
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 8), st.integers(1, 8)), data=st.data(),
+    awkward=st.booleans(),
+)  # fmt: skip
+def test_packed_bases_are_the_products(sizes: tuple[int, ...], data: st.DataObject, awkward: bool) -> None:
+    """Gauge-fixing keeps U V, and the rows that it leaves out are those of the identity."""
+    groups, bases, rank, hidden = sizes
+    k = data.draw(st.integers(1, min(rank, hidden)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    left = torch.randn(groups, bases, rank, k, generator=generator, dtype=torch.float64)
+    if awkward:
+        left[:, :, 0] *= 1e-6  # a first row that no one should divide by
+    right = torch.randn(groups, bases, k, hidden, generator=generator, dtype=torch.float64)
+    packed = pack_bases(left, right)
+    form = BasisMixture(groups * bases, rank, hidden, bases, rank, groups=groups, basis_rank=k)
+    assert {n: tuple(t.shape) for n, t in packed.items()} == {
+        n: s for n, s in form.shapes().items() if n.startswith("basis")
+    }
+    for group in range(groups):
+        whole = form.full_left(packed, group)
+        for j in range(bases):
+            assert torch.equal(whole[j][packed["basis_pivots"][group, j].long()], torch.eye(k, dtype=torch.float64))
+            product = left[group, j] @ right[group, j]
+            rebuilt = whole[j] @ packed["basis_right"][group, j]
+            torch.testing.assert_close(rebuilt, product, atol=1e-9 * float(1 + product.abs().max()), rtol=0)
+
+
+@QUICK
+@given(form=forms().filter(lambda form: isinstance(form, BasisMixture)))
+def test_a_mixture_is_the_papers_formula(form: BasisMixture) -> None:
+    """W_e = A_e f(Σ_j α_ej B_j), a loop over experts and bases; B_j = U_j V_j with the identity written in by hand."""
+    factors = random_factors(form)
+    size = form.experts // form.groups
+    for expert in range(form.experts):
+        group, mixed = expert // size, torch.zeros(form.rank, form.hidden)
+        for j in range(form.bases):
+            if form.basis_rank:
+                pivots, left = factors["basis_pivots"][group, j].tolist(), torch.zeros(form.rank, form.basis_rank)
+                others = iter(factors["basis_left"][group, j])
+                for row in range(form.rank):
+                    left[row] = torch.eye(form.basis_rank)[pivots.index(row)] if row in pivots else next(others)
+                basis = left @ factors["basis_right"][group, j]
+            else:
+                basis = factors["basis"][group, j]
+            mixed += factors["mix"][expert, j] * basis
+        expected = factors["private"][expert].T @ ACTIVATIONS[form.activation](mixed)
+        torch.testing.assert_close(form.dense(factors, expert), expected, atol=1e-4, rtol=1e-4)
+
+
+@QUICK
+@given(data=st.data(), fraction=st.floats(0, 0.99), seed=st.integers(0, 9))
+def test_dynamic_leaves_the_least_columns_out(data: st.DataObject, fraction: float, seed: int) -> None:
+    """The base with the columns of least ‖column‖·‖input‖ set to nought; the deltas stay whole."""
+    sizes = tuple(data.draw(st.integers(1, most)) for most in (4, 12, 12))
+    whole = data.draw(bases_and_deltas(*sizes))
+    factors = random_factors(whole)
+    form = BasePlusDelta(*sizes, whole.delta, whole.kept, whole.writes, dynamic=fraction)
+    ids, weights = random_routing(form, 5, 2, seed)
+    routing = Routing(ids, weights, form.experts)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(5, form.hidden, generator=generator)
+    pairs = torch.randn(10, form.width, generator=generator)
+
+    def cut(rows: Tensor) -> Factors:
+        axis = 0 if form.writes else 1
+        seen = rows[:, factors["base_columns"].long()] if form.kept < form.columns else rows
+        score = factors["base"].norm(dim=1 - axis) * seen.norm(dim=0)
+        least = score.argsort()[: int(fraction * form.kept)]
+        return factors | {"base": factors["base"].index_fill(axis, least, 0)}
+
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    if form.writes:
+        expected = whole.write(cut(pairs), pairs, routing)
+        torch.testing.assert_close(form.write(factors, pairs, routing), expected, **close)
+        expected = whole.write_combined(cut(routing.combine(pairs)), pairs, routing)
+        torch.testing.assert_close(form.write_combined(factors, pairs, routing), expected, **close)
+    else:
+        expected = whole.read(cut(tokens), tokens, routing)
+        torch.testing.assert_close(form.read(factors, tokens, routing), expected, **close)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"form": "ragged", "widths": [1, 2]}, "2 widths for 3 experts"),
+        ({"form": "ragged", "widths": [1, 2, 9]}, "width 9 of expert 2 must be from 0 to 4"),
+        ({"form": "ragged", "widths": [1, 2, -1]}, "width -1 of expert 2"),
+        ({"form": "ragged", "widths": 3}, "missing or of the wrong type"),
+        ({"form": "shared_private", "rank": 0}, "rank 0 does not fit"),
+        ({"form": "shared_private"}, "'rank' is missing"),
+        ({"form": "basis_mixture", "bases": 4, "rank": 2, "activation": "silu", "groups": 1, "basis_rank": 0}, "bases 4"),
+        ({"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu", "groups": 2, "basis_rank": 0}, "2 equal"),
+        ({"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "relu", "groups": 1, "basis_rank": 0}, "relu"),
+        ({"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu", "groups": 1, "basis_rank": 3},
+         "basis_rank 3"),
+        ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 9, "writes": True, "dynamic": 0}, "'kept'"),
+        ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 2, "writes": True, "dynamic": 1}, "'dynamic'"),
+    ],
+)  # fmt: skip
+def test_a_form_that_can_not_be_is_refused(data: dict, message: str) -> None:
+    with pytest.raises(UserError, match=f"^here: .*{message}"):
+        form_from_json(data, experts=3, width=4, hidden=5, where="here")

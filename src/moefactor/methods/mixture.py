@@ -115,7 +115,8 @@ def _cosine(progress: float) -> float:
 def group_starts(problem: Problem, bases: int, rank: int) -> Tensor:
     """(m, r, H): the top right singular vectors of m runs of consecutive experts, in the metric of their inputs.
 
-    Rows are scaled to 0.7·√H for silu and tanh, where both are neither linear nor saturated, and √H for identity.
+    Rows are scaled to 0.35·√H for silu and tanh, √H for identity: on the reference model 0.7 and 0.2 ended with 7 %
+    and 5 % more squared error.
     """
     experts, _, hidden = problem.weights.shape
     runs = torch.arange(experts).tensor_split(bases)
@@ -133,7 +134,7 @@ def group_starts(problem: Problem, bases: int, rank: int) -> Tensor:
             vectors = inverse @ torch.linalg.eigh(half @ gram @ half).eigenvectors
         top = vectors.flip(1)[:, :rank].T
         found.append(top / top.norm(dim=1, keepdim=True).clamp(min=1e-30))
-    level = 1.0 if problem.activation == "identity" else 0.7
+    level = 1.0 if problem.activation == "identity" else 0.35
     return (torch.stack(found) * level * hidden**0.5).float()
 
 

@@ -23,9 +23,11 @@ from .base import Fitted, Stack, StackOffers, lift, stack_error
 from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
 
 Solver = Literal["varpro", "adam"]
-# Logits of a mixing that starts one-hot: 97 % of the weight on the expert's own basis among 32.
-START_LOGIT = 7.0
-RATES = {"varpro": 0.1, "adam": 0.07}
+# Logits of a mixing that starts near one-hot: 90 % of the weight on the expert's own basis among 7. At 7 (99 %) the
+# softmax is so flat that experts hardly leave their first basis.
+START_LOGIT = 4.0
+RATES = {"varpro": 0.2, "adam": 0.07}
+MIX_RATE = 2.0  # times the bases' rate, for the same reason
 STEPS = {"varpro": 600, "adam": 10_000}
 
 
@@ -58,7 +60,7 @@ def factorise(
     stack: Stack, form: BasisMixture, *, seed: int, solver: Solver = "varpro", steps: int = 0, rate: float = 0.0,
     tolerance: float = 0.0, weighted: bool = False,
 ) -> Fitted:  # fmt: skip
-    """`steps` and `rate` of 0 mean the solver's own: 600 at 0.1 for varpro, 10,000 at 0.07 for adam.
+    """`steps` and `rate` of 0 mean the solver's own: 600 at 0.2 for varpro, 10,000 at 0.07 for adam.
 
     `tolerance`: stop early once the best loss fell by less than this fraction over the last tenth of the steps.
     `weighted`: in the norm of each expert's own inputs, which needs calibration.
@@ -93,8 +95,9 @@ def _fit(
         return mixed(parameters[1].softmax(1), parameters[0], form.activation)
 
     rate = rate or RATES[solver]
+    mix_rate = rate * (MIX_RATE if solver == "varpro" else 1.0)
     solution = solve(
-        problem, bases, [basis, logits], solver=solver, steps=steps or STEPS[solver], rates=[rate, rate],
+        problem, bases, [basis, logits], solver=solver, steps=steps or STEPS[solver], rates=[rate, mix_rate],
         private_rate=rate, tolerance=tolerance,
     )  # fmt: skip
     basis, logits = solution.parameters

@@ -2,7 +2,7 @@
 
 Saliency of e: the mean over its tokens of g·‖f_e(x)‖. The lowest go, as many in every layer, so the result is a
 standard, smaller MoE. A group-limited router keeps as many experts in each of its groups. With `--intercept` the
-router stays whole and a dropped expert gives a constant, its mean output (MoNE, arXiv 2507.00390); that needs moefactor.
+router stays whole and a dropped expert gives a constant, its mean output (MoNE, arXiv 2507.00390).
 """
 
 from __future__ import annotations

@@ -122,6 +122,7 @@ class {STUB_CLASS}:
 def model_card(plan: Plan, command: str) -> str:
     before, after = plan.original_count, plan.parameter_count()
     base = plan.model if not Path(plan.model).exists() else Path(plan.model).name
+    needed = "" if plan.standard() else "import moefactor\n"
     return f"""---
 base_model: {base}
 base_model_relation: quantized
@@ -141,7 +142,7 @@ Made by [moefactor](https://pypi.org/project/moefactor/) {version("moefactor")} 
 | parameters of the routed experts | {before:,} | {after:,} ({1 - after / before:.1%} removed) |
 
 ```python
-{"" if plan.standard() else "import moefactor" + chr(10)}from transformers import AutoModelForCausalLM
+{needed}from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this folder")
 ```
