@@ -109,9 +109,8 @@ def test_adam_is_the_published_loop() -> None:
     ours, starts = mixture.group_starts(Problem(target, "silu"), 4, 16), []
     for run, found in zip(target.split(2), ours, strict=True):  # four bases from runs of two experts
         _, _, vt = torch.linalg.svd(run.flatten(0, 1), full_matrices=False)
-        vectors = vt[:16] * 0.7 * 24**0.5
-        # Singular vectors have no sign of their own, and silu is not odd.
-        starts.append(vectors * (vectors * found).sum(1, keepdim=True).sign())
+        # Singular vectors have neither sign nor length of their own; silu, not odd, wants both.
+        starts.append(vt[:16] * (vt[:16] * found).sum(1, keepdim=True).sign() * found.norm(dim=1, keepdim=True))
     noise = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
     logits = START_LOGIT * (torch.eye(4).repeat_interleave(2, dim=0) + 0.05 * noise)
     basis, logits = torch.stack(starts).requires_grad_(), logits.requires_grad_()

@@ -58,7 +58,7 @@ def offers(
 
 def factorise(
     stack: Stack, form: BasisMixture, *, seed: int, solver: Solver = "varpro", steps: int = 0, rate: float = 0.0,
-    tolerance: float = 0.0, weighted: bool = False,
+    tolerance: float = 1e-4, weighted: bool = False,
 ) -> Fitted:  # fmt: skip
     """`steps` and `rate` of 0 mean the solver's own: 600 at 0.2 for varpro, 10,000 at 0.07 for adam.
 

@@ -51,7 +51,7 @@ def offers(stack: Stack, *, bases: int = 0, activation: Literal["silu", "tanh"] 
 
 def factorise(
     stack: Stack, form: BasisMixture, *, seed: int, solver: Solver = "varpro", steps: int = 0, rate: float = 0.0,
-    tolerance: float = 0.0, weighted: bool = False,
+    tolerance: float = 1e-4, weighted: bool = False,
 ) -> Fitted:  # fmt: skip
     """`steps` and `rate` of 0 mean the solver's own: 600 at 0.03 for varpro, 8,000 at 0.1 for adam."""
     experts = list(range(form.experts))
