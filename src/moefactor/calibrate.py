@@ -132,8 +132,8 @@ def _calibrate_backward(
                 continue
             stats = LayerStats.zeros(layer, needs, model.device)
             module = model.model.get_submodule(layer.name)
-            if "output_gradient" in needs:
-                module.gradient_observer = stats.add_gradient
+            if needs & {"output_gradient", "first_gradient"}:
+                module.gradient_observer = stats
             if "fisher" in needs:
                 module.requires_grad_(True)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .calibrate import Calibration, observe
 from .checkpoint import CheckpointWriter
 from .errors import UserError
-from .experts import ExpertWeights
+from .experts import CompressedExperts, ExpertWeights
 from .methods import Method
 from .methods.base import accepted
 from .plan import LayerPlan, Plan
@@ -24,7 +25,7 @@ from .progress import Progress, Steps, silent
 from .run_folder import Entry, RunFolder
 from .runtime.experts import FactorisedExperts
 from .runtime.format import checkpoint_config, loader_stub, model_card
-from .stats import GRADIENTS, LayerStats
+from .stats import GRADIENTS, LayerStats, SecondLook
 from .streaming import Activations, StreamedModel
 
 STAGE = "factorise"
@@ -106,14 +107,53 @@ class _Job:
             stats = stats.with_gradients(self.run.stats(index, self.model.device))
         module = self.model.model.get_submodule(layer.name)
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
-        return self.finish(index, weights, stats)
+        look = None
+        if self.method.refit is not None and not module.has_post_expert_norm:
+            look = partial(self.second_look, index, module, weights, activations)
+        return self.finish(index, weights, stats, look)
 
-    def finish(self, index: int, weights: ExpertWeights, stats: LayerStats | None) -> str:
+    def second_look(
+        self, index: int, module: nn.Module, weights: ExpertWeights, activations: Activations,
+        compressed: CompressedExperts,
+    ) -> SecondLook:  # fmt: skip
+        """Runs the dense layer once more and notes what the compressed first projections make of its tokens."""
+        layer = weights.layer
+        experts = FactorisedExperts.replacing(module, self.plan.layers[index])
+        names = [name for name in ("gate_up", "gate", "up") if name in compressed.forms]
+        dtype = self.model.model.dtype
+
+        def rebuilt(name: str, expert: int) -> Tensor:
+            return compressed.forms[name].dense(compressed.factors(name), expert).to(dtype)
+
+        first = [torch.cat([rebuilt(name, e) for name in names]) for e in range(layer.experts)]
+        bias = compressed.tensors.get("first_bias")
+        seen = SecondLook.zeros(layer, self.model.device)
+
+        def watch(expert: int, x: Tensor, h: Tensor, y: Tensor, g: Tensor) -> None:
+            before = x @ first[expert].T
+            if bias is not None:
+                before, y = before + bias[expert], y - weights.down_bias[expert]
+            seen.add(expert, experts._activate(before), y, g)
+
+        module.observer = watch
+        try:
+            self.model.run(layer.decoder_layer, activations, keep=False)
+        finally:
+            del module.observer
+        return seen
+
+    def finish(
+        self, index: int, weights: ExpertWeights, stats: LayerStats | None,
+        look: Callable[[CompressedExperts], SecondLook] | None = None,
+    ) -> str:  # fmt: skip
         """Factorises one layer, writes it, enters it in the journal; returns a line for the progress bar."""
         started = time.perf_counter()
         layer_plan = self.plan.layers[index]
         options = accepted(self.method.factorise, self.plan.options)
         compressed = self.method.factorise(weights, stats, layer_plan, seed=self.plan.seed + index, **options)
+        if look is not None:
+            options = accepted(self.method.refit, self.plan.options)
+            compressed = self.method.refit(weights, stats, compressed, look(compressed), layer_plan, **options)
         dtype, prefix = self.model.stored_dtype, layer_plan.layer.name
         sha256 = self.run.write_layer(index, _named(prefix, compressed.tensors, dtype))
         seconds = round(time.perf_counter() - started, 3)

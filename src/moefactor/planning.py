@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .allocate import RULES, LayerOffers, spend
 from .errors import UserError, unknown
+from .experts import ExpertWeights
 from .methods import Method
 from .methods.base import accepted
 from .plan import Plan
 from .progress import Progress, Steps, silent
 from .run_folder import RunFolder
+from .stats import LayerStats
 from .streaming import StreamedModel
 
 # Grouped GEMM wants ranks in multiples of 8; below this hidden size that would be too coarse a step, and the
@@ -42,6 +46,14 @@ def make_plan(
             f"{run.folder}: {method.name} plans by {', '.join(sorted(needs))}, and nothing is calibrated there. "
             f"Run `moefactor calibrate {model.name} --run {run.folder} --method {method.name}` first."
         )
+    total = sum(layer.parameter_count for layer in model.experts)
+    budget = int((1 - ratio) * total)
+    if method.planner is not None:
+        layers = _Layers(model, run)
+        steps = Steps(progress, "plan", 2 * len(model.experts))
+        taken = accepted(method.planner, options)
+        plans = method.planner(layers, budget, multiple=rank_multiple, seed=seed, tick=steps.tick, **taken)
+        return Plan(model.name, method.name, ratio, seed, tuple(plans), options)
     steps = Steps(progress, "plan", len(model.experts))
     offers: list[LayerOffers] = []
     for index, layer in enumerate(model.experts):
@@ -51,10 +63,20 @@ def make_plan(
             method.offers(model.expert_weights(layer), stats, seed=seed + index, **accepted(method.offers, options))
         )
         steps.tick()
-    total = sum(layer.parameter_count for layer in model.experts)
-    bought = spend(offers, int((1 - ratio) * total), rule, multiple=rank_multiple)
+    bought = spend(offers, budget, rule, multiple=rank_multiple)
     layers = tuple(offer.plan(units) for offer, units in zip(offers, bought, strict=True))
     return Plan(model.name, method.name, ratio, seed, layers, options)
+
+
+class _Layers:
+    """Every layer's weights and statistics, read anew each time they are gone through."""
+
+    def __init__(self, model: StreamedModel, run: RunFolder):
+        self.model, self.run = model, run
+
+    def __iter__(self) -> Iterator[tuple[ExpertWeights, LayerStats]]:
+        for index, layer in enumerate(self.model.experts):
+            yield self.model.expert_weights(layer), self.run.stats(index, self.model.device)
 
 
 def check_ratio(ratio: float) -> None:

@@ -16,11 +16,12 @@ STATISTICS = {
     "input_moment": "Σ g² x xᵀ of every expert's input: experts × H × H",
     "hidden_moment": "Σ g² h hᵀ of every expert's activation: experts × I × I",
     "hidden_square": "Σ h² and Σ g² h of every channel: experts × I, twice",
+    "first_gradient": "Σ of the squared loss gradient at every pre-activation: experts × 2I, and a backward pass",
     "output_gradient": "Σ ∇ ∇ᵀ of the loss at every expert's output: experts × H × H, and a backward pass",
     "fisher": "Σ over sequences of the squared gradient of every weight: as many as weights, and a backward pass",
 }
 # Those of the dense model's loss: they need a backward pass, and cannot be had while the model is being compressed.
-GRADIENTS = frozenset({"output_gradient", "fisher"})
+GRADIENTS = frozenset({"first_gradient", "output_gradient", "fisher"})
 
 
 @dataclass
@@ -31,6 +32,7 @@ class LayerStats:
     output_norm: (E,) Σ g·‖f_e(x)‖.
     input_moment: (E, H, H) Σ g² x xᵀ.  hidden_moment: (E, I, I) Σ g² h hᵀ, h = act(gate)·up.
     hidden_square, hidden_sum: (E, I) Σ h² and Σ g² h.
+    first_gradient: (E, 2I or I) Σ (∂(Σ loss)/∂ pre-activation)², gate then up.
     output_gradient: (E, H, H) Σ ∇ ∇ᵀ, ∇ = g · ∂(Σ loss)/∂y at the expert's output, router weight included.
     fisher: (E, projections·I, H) Σ over sequences of (∂loss/∂W)², gate then up then downᵀ.
     """
@@ -43,6 +45,7 @@ class LayerStats:
     hidden_moment: Tensor | None = None
     hidden_square: Tensor | None = None
     hidden_sum: Tensor | None = None
+    first_gradient: Tensor | None = None
     output_gradient: Tensor | None = None
     fisher: Tensor | None = None
 
@@ -60,6 +63,7 @@ class LayerStats:
             hidden_moment=sums_of("hidden_moment", width, width),
             hidden_square=sums_of("hidden_square", width),
             hidden_sum=sums_of("hidden_square", width),
+            first_gradient=sums_of("first_gradient", (len(layer.projections) - 1) * width),
             output_gradient=sums_of("output_gradient", hidden, hidden),
             fisher=sums_of("fisher", len(layer.projections) * width, hidden),
         )
@@ -82,8 +86,14 @@ class LayerStats:
 
     def add_gradient(self, expert: int, gradient: Tensor) -> None:
         """gradient (n, H): ∇ at the expert's output for its tokens of one batch."""
-        rows = gradient.float()
-        self.output_gradient[expert].addmm_(rows.T, rows)
+        if self.output_gradient is not None:
+            rows = gradient.float()
+            self.output_gradient[expert].addmm_(rows.T, rows)
+
+    def add_first_gradient(self, expert: int, gradient: Tensor) -> None:
+        """gradient (n, 2I or I): at the expert's pre-activations, gate then up."""
+        if self.first_gradient is not None:
+            self.first_gradient[expert] += gradient.float().square().sum(0)
 
     def __add__(self, other: LayerStats) -> LayerStats:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
@@ -121,6 +131,30 @@ class LayerStats:
         if total == 0:
             return torch.eye(moments.shape[-1], dtype=torch.float64, device=moments.device)
         return _with_ridge(moments.sum(0, dtype=torch.float64) / total)
+
+
+@dataclass
+class SecondLook:
+    """What a layer's experts would do with their tokens once their first projections are compressed.
+
+    cross: (E, I, H) Σ g² h' yᵀ, y the dense expert's output without bias.  moment: (E, I, I) Σ g² h' h'ᵀ.
+    """
+
+    cross: Tensor
+    moment: Tensor
+
+    @classmethod
+    def zeros(cls, layer: ExpertLayer, device: torch.device | str = "cpu") -> SecondLook:
+        shape = (layer.experts, layer.intermediate)
+        return cls(
+            torch.zeros(*shape, layer.hidden, device=device), torch.zeros(*shape, layer.intermediate, device=device)
+        )
+
+    def add(self, expert: int, h: Tensor, y: Tensor, g: Tensor) -> None:
+        """h (n, I) compressed, y (n, H), g (n,)."""
+        scaled = h.float() * g.float().unsqueeze(1)
+        self.cross[expert].addmm_(scaled.T, y.float() * g.float().unsqueeze(1))
+        self.moment[expert].addmm_(scaled.T, scaled)
 
 
 def _with_ridge(moment: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,13 @@ Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 Tick = Callable[[], None]
 
 
+class GradientObserver(Protocol):
+    """Sees the loss gradients at an expert's output and at its pre-activations; stats.LayerStats is one."""
+
+    def add_gradient(self, expert: int, gradient: Tensor) -> None: ...
+    def add_first_gradient(self, expert: int, gradient: Tensor) -> None: ...
+
+
 def _nothing() -> None: ...
 
 
@@ -40,6 +49,7 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
     observer: Observer | None = getattr(module, "observer", None)
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
     first, down = getattr(module, first_name), module.down_proj
+    watcher: GradientObserver | None = getattr(module, "gradient_observer", None)
     rows = []
     for expert, (start, end) in enumerate(routing.bounds):
         if start == end:
@@ -48,6 +58,8 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
         h = _multiply(x, first[expert], module.is_transposed)
         if module.has_bias:
             h = h + getattr(module, first_name + "_bias")[expert]
+        if watcher is not None and h.requires_grad:
+            h.register_hook(partial(_show_first, watcher, module, expert))
         h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
         y = _multiply(h, down[expert], module.is_transposed)
         if module.has_bias:
@@ -60,18 +72,23 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
             seen = g != 0  # skipped pairs are routed to the last expert with weight 0
             observer(expert, x[seen].detach(), h[seen].detach(), y[seen].detach(), g[seen])
     out = routing.combine(torch.cat(rows)).to(hidden_states.dtype)
-    watcher = getattr(module, "gradient_observer", None)
     if watcher is not None and out.requires_grad:
         out.register_hook(lambda gradient: _show_gradients(watcher, routing, gradient))
     return out
 
 
-def _show_gradients(watcher: Callable[[int, Tensor], None], routing: Routing, gradient: Tensor) -> None:
+def _show_gradients(watcher: GradientObserver, routing: Routing, gradient: Tensor) -> None:
     """The output is Σ g·y over a token's experts, so the gradient at y is g times the output's."""
     for expert, (start, end) in enumerate(routing.bounds):
         if end > start:
             weight = routing.weight[start:end].detach().unsqueeze(1)
-            watcher(expert, gradient[routing.token[start:end]] * weight)
+            watcher.add_gradient(expert, gradient[routing.token[start:end]] * weight)
+
+
+def _show_first(watcher: GradientObserver, module: nn.Module, expert: int, gradient: Tensor) -> None:
+    if module.has_gate and not module.is_concatenated:
+        gradient = torch.cat((gradient[:, 0::2], gradient[:, 1::2]), dim=1)
+    watcher.add_first_gradient(expert, gradient)
 
 
 def _multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:

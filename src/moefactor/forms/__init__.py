@@ -11,12 +11,13 @@ from .base import Form, Routing, grouped_linear
 from .base_plus_delta import BasePlusDelta
 from .basis_mixture import BasisMixture
 from .dense import Dense
+from .latent import Latent
 from .ragged import Ragged
 from .residual import SparseResidual
 from .shared_basis import SharedBasis
 from .shared_private import SharedPrivate
 
-__all__ = ["FORMS", "BasePlusDelta", "BasisMixture", "Dense", "Form", "Ragged", "Routing", "SharedBasis",
+__all__ = ["FORMS", "BasePlusDelta", "BasisMixture", "Dense", "Form", "Latent", "Ragged", "Routing", "SharedBasis",
            "SharedPrivate", "SparseResidual", "form_from_json", "grouped_linear", "low_rank"]  # fmt: skip
 
 FORMS: dict[str, type[Form]] = {
@@ -26,6 +27,7 @@ FORMS: dict[str, type[Form]] = {
     "shared_private": SharedPrivate,
     "basis_mixture": BasisMixture,
     "base_plus_delta": BasePlusDelta,
+    "latent": Latent,
     "ragged": Ragged,
     "sparse_residual": SparseResidual,
 }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ..errors import unknown
-from . import channels, d2moe, mobe, reap, rfid, shared_basis, slbf, svd, whitened_svd
+from . import biaxial, channels, d2moe, mobe, reap, rfid, shared_basis, slbf, svd, whitened_svd
 from .base import Method
 
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD
-    for module in (svd, whitened_svd, shared_basis, rfid, mobe, d2moe, slbf, reap, channels)
+    for module in (svd, whitened_svd, shared_basis, rfid, mobe, d2moe, slbf, reap, channels, biaxial)
 }
 
 

@@ -32,6 +32,11 @@ class Method:
         options: every option with its default; the command line makes flags of them.
         plan_needs, factorise_needs: options -> the statistics that each stage reads (names of stats.STATISTICS).
         allocation: the rule of allocate.RULES that spends the budget unless the user names another.
+        planner: for a method whose choices in one layer change the prices in it, instead of `offers`:
+            (layers, budget, *, multiple, seed, tick, **options) -> LayerPlan of each; `layers` yields (weights, stats)
+            and may be gone through several times.
+        refit: (weights, compressed, seen, plan, **options) -> CompressedExperts, after a second look at the layer's
+            tokens with the compressed first projections (methods/second_look.py).
     """
 
     name: str
@@ -44,6 +49,8 @@ class Method:
     plan_needs: Callable[[dict], set[str]]
     factorise_needs: Callable[[dict], set[str]]
     allocation: str = "uniform"
+    planner: Callable[..., list[LayerPlan]] | None = None
+    refit: Callable[..., CompressedExperts] | None = None
 
     def complete(self, options: dict) -> dict:
         """The options with defaults filled in; raises UserError on an unknown name or a value of the wrong type."""
@@ -227,8 +234,9 @@ def stack_error(stack: Stack, form: Form, factors: Factors, *, weighted: bool) -
 
 
 def options_of(*functions: Callable) -> dict[str, inspect.Parameter]:
-    """The keyword-only arguments of a method's functions, but for the seed: its options."""
-    return {n: p for f in functions for n, p in _keywords(f).items() if n != "seed"}
+    """The keyword-only arguments with defaults of a method's functions, but for the seed: its options."""
+    keywords = ((n, p) for f in functions for n, p in _keywords(f).items())
+    return {n: p for n, p in keywords if n != "seed" and p.default is not p.empty}
 
 
 def _check_projections(layer: ExpertLayer, projections: tuple[str, ...]) -> None:

@@ -57,16 +57,19 @@ def offers(
     return LayerOffers(layer, fixed, tuple(units), plan, equal=widths == "model")
 
 
-def importance(weights: ExpertWeights, stats: LayerStats) -> Tensor:
+def importance(weights: ExpertWeights, stats: LayerStats, shrinkage: float = 0.0) -> Tensor:
     """(E, I) float64: the estimated rise of the loss, summed over the calibration tokens, when a channel goes.
 
-    ½ Σ_t h_k² · d_kᵀ G_e d_k, G_e the mean of ∇ ∇ᵀ over the expert's tokens.
+    ½ Σ_t h_k² · d_kᵀ G_e d_k, G_e the mean of ∇ ∇ᵀ over the expert's tokens, drawn to a multiple of the identity by
+    `shrinkage`.
     """
     count = stats.count.clamp(min=1).view(-1, 1)
     scores = torch.empty(weights.down.shape[0], weights.down.shape[2], dtype=torch.float64, device=weights.down.device)
     for expert, down in enumerate(weights.down):
         d = down.double()  # (H, I)
-        scores[expert] = (d * (stats.output_gradient[expert].double() @ d)).sum(0)
+        gradient = stats.output_gradient[expert].double()
+        own = (d * (gradient @ d)).sum(0)
+        scores[expert] = (1 - shrinkage) * own + shrinkage * gradient.diagonal().mean() * d.square().sum(0)
     return 0.5 * stats.hidden_square.double() * scores / count
 
 
@@ -84,13 +87,13 @@ def factorise(
         channels = scores[expert].topk(kept).indices.sort().values
         first = [m[expert][channels] for m in (weights.gate, weights.up) if m is not None]
         first_rows.append(torch.cat(first))
-        rows, constant = _refitted(stack, expert, channels, refit=refit, centred=bool(plan.intercept))
+        rows, constant = refitted_down(stack, expert, channels, refit=refit, centred=bool(plan.intercept))
         down_rows.append(rows)
         constants.append(constant)
         whole = torch.zeros_like(stack.weights[expert], dtype=torch.float64)
         cut.append(whole.index_copy(0, channels, rows.double()))
         if layer.biased:
-            biases.append(_biases(weights, expert, channels, layer.intermediate))
+            biases.append(kept_biases(weights, expert, channels, layer.intermediate))
     first_name = "gate_up" if layer.gated else "up"
     tensors = {f"{first_name}_weight": torch.cat(first_rows), "down_weight": torch.cat(down_rows)}
     if layer.biased:
@@ -101,7 +104,7 @@ def factorise(
     return CompressedExperts(layer, dict(plan.forms), tensors, {"down": error})
 
 
-def _refitted(stack: Stack, expert: int, channels: Tensor, *, refit: bool, centred: bool) -> tuple[Tensor, Tensor]:
+def refitted_down(stack: Stack, expert: int, channels: Tensor, *, refit: bool, centred: bool) -> tuple[Tensor, Tensor]:
     """The rows (kept, H) of downᵀ for the channels left, and the constant (H,) that stands for the others' mean."""
     down = stack.weights[expert].double()  # (I, H)
     stats = stack.stats
@@ -121,7 +124,7 @@ def _refitted(stack: Stack, expert: int, channels: Tensor, *, refit: bool, centr
     return rows, constant
 
 
-def _biases(weights: ExpertWeights, expert: int, channels: Tensor, intermediate: int) -> Tensor:
+def kept_biases(weights: ExpertWeights, expert: int, channels: Tensor, intermediate: int) -> Tensor:
     """(2I or I,): the biases of the channels left, in their order, zeros behind them."""
     parts = []
     for bias in (weights.gate_bias, weights.up_bias):
