@@ -34,7 +34,7 @@ class Calibration:
     @classmethod
     def read(
         cls, model: StreamedModel, source: str | None = None, *, samples: int = 256, seqlen: int | None = None,
-        seed: int = 0, batch_size: int = 8,
+        seed: int = 0, batch_size: int = 4,
     ) -> Calibration:  # fmt: skip
         """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from a text by `seed`.
 

@@ -6,12 +6,13 @@ arrives as the skeleton has it. What is not an expert is copied as it lies on di
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -207,11 +208,20 @@ class ModelReader:
                 if parameter is not None:
                     empty = torch.empty_like(parameter, device="meta")
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        _return_freed_memory()
 
     def disk_layout(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors named and shaped as in the model -> as this kind of checkpoint has them on disk."""
         self.model._weight_conversions = None
         return {k: v.contiguous() for k, v in revert_weight_conversion(self.model, tensors).items()}
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps freed blocks of up to 32 MB for itself; over 64 small layers that came to 380 MB."""
+    with suppress(OSError, AttributeError):  # not Linux, or another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: larger blocks go straight back when freed
+        libc.malloc_trim(0)
 
 
 @contextmanager

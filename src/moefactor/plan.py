@@ -90,7 +90,10 @@ class LayerPlan:
             )
             for name, form in stacks.items()
         }  # fmt: skip
-        return cls(layer, forms, kept if kept is None else tuple(kept), intercept)
+        entry = cls(layer, forms, kept if kept is None else tuple(kept), intercept)
+        if kept is not None and entry.standard() is None:
+            raise UserError(f"{layer.name}: experts can only be dropped ('kept') where the others stay dense.")
+        return entry
 
 
 @dataclass(frozen=True)

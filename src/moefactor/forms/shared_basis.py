@@ -80,12 +80,15 @@ class SharedBasis(Form):
         return shapes
 
     def pack(self, bases: list[Tensor], privates: dict[int, Tensor]) -> Factors:
-        """bases: (r_g, H) of each group; privates: expert -> (r_g, width). The inverse of how `dense` reads."""
+        """bases: (r_g, H) of each group; privates: expert -> (r_g, width). The inverse of how `dense` reads.
+
+        In float32: methods work in float64, and a layer of it would take twice the memory until it is written.
+        """
         factors = {}
         for bucket in self.buckets:
             of_rank = [b for b, rank in zip(bases, self.ranks, strict=True) if rank == bucket.rank]
-            factors[bucket.basis] = torch.stack(of_rank)
-            factors[bucket.private] = torch.stack([privates[e] for e in bucket.experts])
+            factors[bucket.basis] = torch.stack(of_rank).float()
+            factors[bucket.private] = torch.stack([privates[e].float() for e in bucket.experts])
         return factors
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
