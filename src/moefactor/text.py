@@ -72,9 +72,7 @@ def _read_dataset(name: str, split: str) -> str:
     repository, configuration, column = DATASETS.get(name, (name, None, "text"))
     split = "validation" if name == "c4" and split == "test" else split
     try:
-        rows = load_dataset(repository, configuration, split=split, streaming=True).take(PIECE = 1 << 16  # characters tokenised at a time
-LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
-STREAMED_DOCUMENTS)
+        rows = load_dataset(repository, configuration, split=split, streaming=True).take(STREAMED_DOCUMENTS)
         # wikitext's rows are lines of one text, the others' are documents.
         return ("" if name == "wikitext2" else "\n\n").join(row[column] for row in rows)
     except KeyError:
