@@ -100,7 +100,7 @@ def spend(layers: list[LayerOffers], budget: int, rule: str, *, multiple: int = 
     offers = [offer for layer in layers for offer in layer.offers]
     available = budget - sum(layer.fixed for layer in layers)
     block = [min(multiple, o.maximum) for o in offers]
-    low = [max(o.minimum, b) for o, b in zip(offers, block, strict=True)]
+    low = [max(o.minimum, b) if o.minimum else 0 for o, b in zip(offers, block, strict=True)]
     if _total(offers, low) > available:
         if multiple > 1:
             return spend(layers, budget, rule, multiple=1)
@@ -110,6 +110,11 @@ def spend(layers: list[LayerOffers], budget: int, rule: str, *, multiple: int = 
         units = [max(n for n in range(least, offers[0].maximum + 1) if _total(offers, [n] * len(offers)) <= available)]
         units *= len(offers)
     elif rule == "loss":
+        if any(offer.gains is None for offer in offers):
+            raise UserError(
+                "This method has no estimate of what each further rank or basis gains, which the allocation 'loss' "
+                "goes by. Use --allocation uniform."
+            )
         units = _by_loss(offers, low, block, available)
     else:
         units = _proportional(layers, offers, low, block, available, by_score=rule == "score")

@@ -129,7 +129,9 @@ class ModelReader:
         self.checkpoint = checkpoint
         self.model = model
         self.source = source
+        self.dtype = model.dtype  # noted now: parameters that were released remember what they were loaded in
         self.conversions = get_model_conversion_mapping(model, None, source)
+        _return_freed_memory()
 
     @cached_property
     def targets(self) -> dict[str, str]:
@@ -176,10 +178,15 @@ class ModelReader:
         wanted = [name for name, target in self.targets.items() if inside(target)]
         with self.checkpoint.slices(wanted) as slices, quiet():
             config = LoadStateDictConfig(
-                device_map={"": device}, dtype=self.model.dtype, weight_mapping=self.conversions,
+                device_map={"": device}, dtype=self.dtype, weight_mapping=self.conversions,
                 hf_quantizer=self.source,
             )  # fmt: skip
             report, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        if self.source is not None:
+            # transformers leaves the unquantised tensors of a quantised checkpoint in the dtype they have on disk.
+            for parameter in self.model.get_submodule(prefix).parameters():
+                if parameter.device.type != "meta" and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.dtype)
         self.model._weight_conversions = None  # or a later save would revert only what this part used
         self._check(report, prefix, inside)
 

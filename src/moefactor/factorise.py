@@ -135,7 +135,7 @@ class _Job:
         original = getattr(parent, leaf)
         experts = FactorisedExperts.replacing(original, layer_plan)
         prefix = layer_plan.layer.name + "."
-        dtype = self.model.model.dtype  # what is run in need not be what is stored in
+        dtype = self.model.dtype  # what is run in need not be what is stored in
         tensors = {
             k.removeprefix(prefix): v.to(self.model.device, dtype if v.is_floating_point() else None)
             for k, v in self.run.layer(index).items()

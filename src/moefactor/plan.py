@@ -199,6 +199,6 @@ class Plan:
         if self.parameter_count() > budget:
             raise UserError(
                 f"The plan keeps {self.parameter_count():,} expert parameters, ratio {self.ratio} allows {budget:,}. "
-                f'Lower some ranks, or set "ratio" to {math.floor(self.achieved_ratio() * 1e4) / 1e4} or less in the '
-                "plan (null for no budget)."
+                f'Lower some ranks, or set "ratio" in the plan to '
+                f"{math.floor(self.achieved_ratio() * 1e4) / 1e4} or less (null for no budget)."
             )

@@ -83,7 +83,10 @@ ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)
 
 @dataclass
 class Activations:
-    """Hidden states entering a layer, and each layer's other arguments; one entry a batch."""
+    """Hidden states entering a layer, and each layer's other arguments; one entry a batch.
+
+    Between layers the states have the checkpoint's dtype, as in the model itself: half of the memory of float32.
+    """
 
     states: list[Tensor]  # (batch, tokens, H)
     arguments: list[dict[str, tuple[tuple, dict]]]  # decoder layer -> args after the hidden states, kwargs
@@ -109,7 +112,8 @@ class StreamedModel:
         self.config = read_config(self.folder, name)
         source = _quantised_source(self.config, name)
         self.stored_dtype: torch.dtype = self.config.dtype or torch.float32
-        self.model = build_skeleton(self.config, name, dtype or _compute_dtype(self.stored_dtype, self.device))
+        self.dtype = dtype or _compute_dtype(self.stored_dtype, self.device)
+        self.model = build_skeleton(self.config, name, self.dtype)
         self.experts: list[ExpertLayer] = find_experts(self.model, name)
         self.decoder_layers = decoder_layers(self.model, self.experts)
         self.reader = ModelReader(Checkpoint(self.folder), self.model, source)
@@ -149,7 +153,7 @@ class StreamedModel:
                 for name, layer in layers.items():
                     layer.forward = _recorder(name, record)
                 decoder(input_ids=ids.to(self.device), use_cache=False)
-                states.append(record[self.decoder_layers[0]][0][0])
+                states.append(record[self.decoder_layers[0]][0][0].to(self.stored_dtype))
                 rest = {name: (args[1:], kwargs) for name, (args, kwargs) in record.items()}
                 arguments.append(_share(rest, arguments[0]) if arguments else rest)
         finally:
@@ -164,9 +168,9 @@ class StreamedModel:
         layer = self.model.get_submodule(decoder_layer)
         for index, state in enumerate(activations.states):
             args, kwargs = activations.arguments[index][decoder_layer]
-            out = layer(state, *args, **kwargs)
+            out = layer(state.to(self.dtype), *args, **kwargs)
             if keep:
-                activations.states[index] = out[0] if isinstance(out, tuple) else out
+                activations.states[index] = (out[0] if isinstance(out, tuple) else out).to(self.stored_dtype)
             tick()
 
     def loss_gradients(self, batches: list[Tensor], activations: Activations, tick: Tick = _nothing) -> list[Tensor]:
@@ -182,7 +186,7 @@ class StreamedModel:
         gradients = []
         try:
             for ids, state in zip(batches, activations.states, strict=True):
-                leaf = state.detach().requires_grad_()
+                leaf = state.to(self.dtype, copy=True).requires_grad_()
                 for layer in layers:
                     layer.forward = lambda hidden_states, *args, leaf=leaf, **kwargs: leaf
                 ids = ids.to(self.device)
@@ -204,7 +208,7 @@ class StreamedModel:
         layer = self.model.get_submodule(decoder_layer)
         for index, state in enumerate(activations.states):
             args, kwargs = activations.arguments[index][decoder_layer]
-            leaf = state.detach().requires_grad_()
+            leaf = state.to(self.dtype, copy=True).requires_grad_()
             with torch.enable_grad():
                 out = layer(leaf, *args, **kwargs)
                 torch.autograd.backward(out[0] if isinstance(out, tuple) else out, gradients[index])

@@ -209,7 +209,9 @@ class SharedBasis(Form):
             if len(ids) != experts:
                 raise UserError(f"{where}: 'groups' names {len(ids)} experts, the layer has {experts}.")
             if sorted(set(ids)) != list(range(len(ranks))):
-                raise UserError(f"{where}: 'groups' must name the groups 0 to {len(ranks) - 1}, one for each rank.")
+                raise UserError(
+                    f"{where}: {len(ranks)} ranks are for the groups 0 to {len(ranks) - 1}; 'groups' names others."
+                )
             groups = tuple(tuple(e for e, g in enumerate(ids) if g == index) for index in range(len(ranks)))
         if len(ranks) != len(groups) or not all(groups):
             raise UserError(f"{where}: {len(groups)} groups need as many ranks and an expert each; found {len(ranks)}.")
