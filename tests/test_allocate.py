@@ -215,7 +215,7 @@ def test_uniform_keeps_the_same_fraction_where_prices_fall() -> None:
 def equal_layers(prices: list[int], maximum: int, *, fixed: int = 0, minimum: int = 1) -> list[LayerOffers]:
     return [
         LayerOffers(
-            LAYER, fixed, (Offer("experts", price, maximum, price * maximum, minimum=minimum),),
+            LAYER, fixed, (Offer("experts", price, maximum, price * maximum, minimum=minimum, in_blocks=False),),
             plan=lambda units: LayerPlan(LAYER, {}), equal=True,
         )
         for price in prices

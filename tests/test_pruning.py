@@ -397,7 +397,9 @@ def test_refit_is_weighted_least_squares(intercept: bool) -> None:
         moment = stack.moment(expert)
         if intercept:
             mean = stats.hidden_sum[expert].double() / stats.weight_square[expert]
-            moment = moment - torch.outer(mean, mean)
+            # The moment borrows from the layer; only the expert's own share of it has the expert's mean.
+            own = float(stats.count[expert] / (stats.count[expert] + len(mean)))
+            moment = moment - own * torch.outer(mean, mean)
         root = torch.linalg.cholesky(moment)
         level = moment.diagonal()[kept].mean()
         ridge = float(channels.RIDGE * (1 + 64 / stats.count[expert]) * level) ** 0.5

@@ -98,6 +98,7 @@ def calibrate(
         layers = layers[: layers.index(last) + 1]
     places = {layer.decoder_layer: index for index, layer in enumerate(model.experts)}
     steps = Steps(progress, STAGE, len(layers) * len(batches) * (2 if gradients else 1))
+    run.forget_calibration()
     activations = model.embed(batches)
     for number, decoder_layer in enumerate(layers):
         if gradients:

@@ -39,7 +39,8 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
     routing = Routing(top_k_index, top_k_weights, module.down_proj.shape[0])
     observer: Observer | None = getattr(module, "observer", None)
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
-    first, down = getattr(module, first_name), module.down_proj
+    # Unbound once: indexing in the loop would give the backward pass a gradient of the whole stack for every expert.
+    first, down = getattr(module, first_name).unbind(), module.down_proj.unbind()
     rows = []
     for expert, (start, end) in enumerate(routing.bounds):
         if start == end:
@@ -104,10 +105,7 @@ class StreamedModel:
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         self.name = name
-        try:
-            self.device = torch.device(device)
-        except RuntimeError:
-            raise UserError(f"Unknown device {str(device)!r}; cpu, cuda, cuda:1 ...") from None
+        self.device = checked_device(device)
         self.folder: Path = resolve(name)
         self.config = read_config(self.folder, name)
         source = _quantised_source(self.config, name)
@@ -186,13 +184,16 @@ class StreamedModel:
         gradients = []
         try:
             for ids, state in zip(batches, activations.states, strict=True):
-                leaf = state.to(self.dtype, copy=True).requires_grad_()
-                for layer in layers:
-                    layer.forward = lambda hidden_states, *args, leaf=leaf, **kwargs: leaf
-                ids = ids.to(self.device)
-                logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="sum")
-                gradients.append(torch.autograd.grad(loss, leaf)[0])
+                rows = []
+                # A sequence at a time: logits of a large vocabulary are the largest tensor of all.
+                for row, entering in zip(ids.to(self.device).split(1), state.split(1), strict=True):
+                    leaf = entering.to(self.dtype, copy=True).requires_grad_()
+                    for layer in layers:
+                        layer.forward = lambda hidden_states, *args, leaf=leaf, **kwargs: leaf
+                    logits = self.model(input_ids=row, use_cache=False).logits[:, :-1].float()
+                    loss = nn.functional.cross_entropy(logits.transpose(1, 2), row[:, 1:], reduction="sum")
+                    rows.append(torch.autograd.grad(loss, leaf)[0])
+                gradients.append(torch.cat(rows))
                 tick()
         finally:
             for layer in layers:
@@ -268,6 +269,17 @@ def _quantised_source(config: object, name: str) -> Fp8Source | None:
     if kind == "moefactor":
         raise UserError(f"{name}: compressed by moefactor already. Start from the model it came from.")
     raise UserError(f"{name}: quantised with {kind}; compress the unquantised checkpoint, then quantise.")
+
+
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name, or the default; UserError for one that is not there."""
+    try:
+        device = torch.device(device) if device is not None else default_device()
+    except RuntimeError:
+        raise UserError(f"Unknown device {str(device)!r}; cpu, cuda, cuda:1 ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no CUDA device here; use --device cpu.")
+    return device
 
 
 def default_device() -> torch.device:

@@ -95,6 +95,8 @@ def load_tokenizer(folder: Path) -> object:
 def model_length(config: object, wanted: int | None, default: int = 2048) -> int:
     """Tokens a window: what was asked for, or 2048, or the most the model takes."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or default
+    if wanted is not None and wanted < 2:
+        raise UserError(f"Windows of {wanted} tokens: at least 2 are needed.")
     if wanted is not None and wanted > most:
         raise UserError(f"Windows of {wanted} tokens: this model takes {most} at most.")
     return wanted or min(default, most)

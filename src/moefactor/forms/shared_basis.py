@@ -148,7 +148,7 @@ class SharedBasis(Form):
         return {}
 
     def _map(self, device: torch.device) -> dict[str, Tensor]:
-        """Index maps on `device`: expert -> slot, expert -> its group's place, and the slots' experts."""
+        """Index maps on `device`: expert -> slot, expert -> its group's place, the slots' experts, and group ends."""
         if device not in self._maps:
             order = self._slot_order
             slot = sorted(range(self.experts), key=order.__getitem__)  # the inverse permutation
@@ -157,6 +157,9 @@ class SharedBasis(Form):
                 name: torch.tensor(values, device=device)
                 for name, values in (("slot", slot), ("group", group), ("order", order))
             }
+            for bucket in self.buckets:
+                ends = torch.tensor(bucket.group_sizes, device=device).cumsum(0) - 1
+                self._maps[device][bucket.basis] = ends  # its groups' last experts
         return self._maps[device]
 
     def _parts(self, routing: Routing) -> Iterator[_Part]:
@@ -174,7 +177,7 @@ class SharedBasis(Form):
                 end = start + sum(b - a for a, b in (routing.bounds[e] for e in bucket.experts))
             else:
                 end = ends[index]
-            yield _Part(bucket, routing, rows, slice(start, end), bucket_counts, maps["group"])
+            yield _Part(bucket, routing, rows, slice(start, end), bucket_counts, maps)
             first_slot, start = first_slot + len(bucket.experts), end
 
     def _unsort(self, parts: list[Tensor], routing: Routing) -> Tensor:
@@ -229,14 +232,14 @@ class _Part:
     """One bucket's share of a call: pairs sorted by the bucket's experts."""
 
     def __init__(
-        self, bucket: Bucket, routing: Routing, rows: Tensor | None, window: slice, counts: Tensor, group_of: Tensor
-    ):
+        self, bucket: Bucket, routing: Routing, rows: Tensor | None, window: slice, counts: Tensor,
+        maps: dict[str, Tensor],
+    ):  # fmt: skip
         whole = window == slice(0, len(routing.expert))
         self.bucket = bucket
         self.pairs = window.stop - window.start
         self.offsets = counts.cumsum(0, dtype=torch.int32)
-        ends = torch.tensor(bucket.group_sizes, device=counts.device).cumsum(0) - 1
-        self.group_offsets = self.offsets[ends]
+        self.group_offsets = self.offsets[maps[bucket.basis]]
         if rows is not None:
             rows = rows[window]
         elif not whole:
@@ -244,4 +247,4 @@ class _Part:
         self.rows = rows  # None: all, in the routing's order
         self.token = routing.token if rows is None else routing.token[rows]
         self.weight = routing.weight if rows is None else routing.weight[rows]
-        self.group = group_of[routing.expert if rows is None else routing.expert[rows]]
+        self.group = maps["group"][routing.expert if rows is None else routing.expert[rows]]
