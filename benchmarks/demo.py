@@ -108,6 +108,7 @@ def show(folder: Path, console: Console) -> None:
         f"{found.expert_parameters / found.parameters:.0%} of the parameters in them"
     )
     table = Table(title=f"{RATIO:.0%} of the experts' parameters removed", title_justify="left", box=box.SIMPLE_HEAD)
+    table.pad_edge, table.collapse_padding = False, True  # fits 80 columns
     for name in ("", "parameters", "in experts", "on disk", "perplexity", "× dense", "seconds"):
         table.add_column(name, justify="right" if name else "left")
 

@@ -167,3 +167,96 @@ def test_water_fill_fills_to_the_budget_or_the_brim() -> None:
         water_fill(weights, low, high, 9.5), torch.tensor([1.5, 3.0, 5.0]).double(), atol=1e-6, rtol=0
     )
     assert water_fill(weights, low, high, 99).tolist() == high.tolist()
+
+
+# -- prices that fall (slbf's gauge-fixed bases), offers that must be equal, offers that may go empty ---------------
+
+
+def curved(unit: int, curvature: int, maximum: int, *, score: float = 1.0) -> Offer:
+    return Offer("up", unit, maximum, share=unit * maximum, score=score, curvature=curvature)
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> Offer:
+    """Whose price rises with every unit up to the maximum, as k·(r + H − k) does up to r ≤ H."""
+    maximum, curvature = draw(st.integers(1, 20)), draw(st.integers(0, 5))
+    return curved(2 * curvature * maximum + draw(st.integers(1, 40)), curvature, maximum, score=draw(st.floats(0, 5)))
+
+
+@QUICK
+@given(offer=curves())
+def test_units_is_the_inverse_of_cost(offer: Offer) -> None:
+    for n in range(offer.maximum + 1):
+        assert offer.cost(n) == offer.unit_cost * n - offer.curvature * n**2
+        assert offer.units(offer.cost(n)) == pytest.approx(n, abs=1e-6)
+
+
+@QUICK
+@given(
+    offers=st.lists(curves(), min_size=1, max_size=5), rule=st.sampled_from(["uniform", "score"]),
+    fraction=st.floats(0, 1.1), fixed=st.integers(0, 50),
+)  # fmt: skip
+def test_the_budget_is_met_where_prices_fall(offers: list[Offer], rule: str, fraction: float, fixed: int) -> None:
+    least, most = (sum(o.cost(getattr(o, end)) for o in offers) for end in ("minimum", "maximum"))
+    budget = fixed + least + int(fraction * (most - least))
+    (units,) = spend([layer_of(offers, fixed)], budget, rule)
+    left = budget - fixed - sum(o.cost(n) for o, n in zip(offers, units, strict=True))
+    assert left >= 0
+    assert all(n == o.maximum or o.cost(n + 1) - o.cost(n) > left for o, n in zip(offers, units, strict=True))
+
+
+def test_uniform_keeps_the_same_fraction_where_prices_fall() -> None:
+    """Half of the parameters, which is less than half of the units: 100n − 2n² is 1,200 for all 20."""
+    straight, falling = Offer("up", 60, 20, share=1200), Offer("up", 100, 20, share=1200, curvature=2)
+    assert falling.cost(7) == 602
+    assert spend([layer_of([falling, straight])], 1202, "uniform") == [[7, 10]]
+
+
+def equal_layers(prices: list[int], maximum: int, *, fixed: int = 0, minimum: int = 1) -> list[LayerOffers]:
+    return [
+        LayerOffers(
+            LAYER, fixed, (Offer("experts", price, maximum, price * maximum, minimum=minimum, in_blocks=False),),
+            plan=lambda units: LayerPlan(LAYER, {}), equal=True,
+        )
+        for price in prices
+    ]  # fmt: skip
+
+
+@QUICK
+@given(
+    prices=st.lists(st.integers(1, 40), min_size=1, max_size=4), maximum=st.integers(1, 12), fixed=st.integers(0, 9),
+    minimum=st.integers(1, 12), fraction=st.floats(0, 1.2), rule=st.sampled_from(RULES),
+    multiple=st.sampled_from([1, 8]),
+)  # fmt: skip
+def test_equal_offers_get_equal_units(
+    prices: list[int], maximum: int, fixed: int, minimum: int, fraction: float, rule: str, multiple: int
+) -> None:
+    """As many as the budget holds, in every layer; an ordinary checkpoint has one number of experts."""
+    minimum = min(minimum, maximum)
+    parts = equal_layers(prices, maximum, fixed=fixed, minimum=minimum)
+    least, most = extreme(parts, "minimum"), extreme(parts, "maximum")
+    budget = least + int(fraction * (most - least))
+    bought = spend(parts, budget, rule, multiple=multiple)
+    (units,) = {n for units in bought for n in units}
+    assert minimum <= units <= maximum
+    assert cost(parts, bought) <= budget
+    assert units == maximum or cost(parts, [[units + 1]] * len(parts)) > budget
+
+
+def test_equal_offers_below_their_minimum_are_refused() -> None:
+    with pytest.raises(UserError, match="can't be reached"):
+        spend(equal_layers([10, 10], 8, minimum=4), 79, "uniform")
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_offers_without_a_minimum_may_go_empty(multiple: int) -> None:
+    """An expert whose channels all gain less than another's keeps none."""
+    worth = Offer("experts", 10, 8, 80, gains=torch.full((8,), 9.0), minimum=0)
+    worthless = Offer("experts", 10, 8, 80, gains=torch.full((8,), 1.0), minimum=0)
+    assert spend([layer_of([worth, worthless])], 80, "loss", multiple=multiple) == [[8, 0]]
+    assert spend([layer_of([worth, worthless])], 0, "loss", multiple=multiple) == [[0, 0]]
+
+
+def test_loss_needs_gains_to_go_by() -> None:
+    with pytest.raises(UserError, match="loss"):
+        spend([layer_of([Offer("up", 10, 8, 80)])], 40, "loss")

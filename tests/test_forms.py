@@ -355,6 +355,9 @@ def test_dynamic_leaves_the_least_columns_out(data: st.DataObject, fraction: flo
         torch.testing.assert_close(form.read(factors, tokens, routing), expected, **close)
 
 
+MIXTURE = {"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu", "groups": 1, "basis_rank": 0}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -364,11 +367,10 @@ def test_dynamic_leaves_the_least_columns_out(data: st.DataObject, fraction: flo
         ({"form": "ragged", "widths": 3}, "missing or of the wrong type"),
         ({"form": "shared_private", "rank": 0}, "rank 0 does not fit"),
         ({"form": "shared_private"}, "'rank' is missing"),
-        ({"form": "basis_mixture", "bases": 4, "rank": 2, "activation": "silu", "groups": 1, "basis_rank": 0}, "bases 4"),
-        ({"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu", "groups": 2, "basis_rank": 0}, "2 equal"),
-        ({"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "relu", "groups": 1, "basis_rank": 0}, "relu"),
-        ({"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu", "groups": 1, "basis_rank": 3},
-         "basis_rank 3"),
+        (MIXTURE | {"bases": 4}, "bases 4"),
+        (MIXTURE | {"groups": 2}, "2 equal"),
+        (MIXTURE | {"activation": "relu"}, "relu"),
+        (MIXTURE | {"basis_rank": 3}, "basis_rank 3"),
         ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 9, "writes": True, "dynamic": 0}, "'kept'"),
         ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 2, "writes": True, "dynamic": 1}, "'dynamic'"),
     ],

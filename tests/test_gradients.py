@@ -97,7 +97,9 @@ def expected(kind: str, streamed: StreamedModel, tiny_model: Callable[..., Path]
     return by_autograd(tiny_model(kind), streamed.experts)
 
 
-def through_layers(streamed: StreamedModel, folder: Path, needs: set[str], *, batches: list[Tensor]) -> list[LayerStats]:
+def through_layers(
+    streamed: StreamedModel, folder: Path, needs: set[str], *, batches: list[Tensor]
+) -> list[LayerStats]:
     run = RunFolder(folder)
     calibrate(streamed, run, Calibration(batches, {"source": "ids"}), needs)
     assert not (folder / "activations").exists()

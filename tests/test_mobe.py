@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -173,9 +175,7 @@ def test_the_ridge_is_next_to_nothing() -> None:
 
 
 @pytest.mark.parametrize("right", [False, True])
-def test_variable_projection_is_the_gradient_through_the_solution(
-    right: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variable_projection_is_the_gradient_through_the_solution(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the optimal A, holding it fixed loses nothing (Golub & Pereyra 1973)."""
     monkeypatch.setattr(mixture, "RIDGE", 0.0)
     given, basis = problem(right=right)
@@ -202,7 +202,7 @@ def test_varpro_is_not_worse_than_adam(method: str) -> None:
     curves = {s: module.factorise(stack(), chosen, seed=0, solver=s, steps=60).curve for s in ("varpro", "adam")}
     for curve in curves.values():
         assert len(curve) == 61
-        assert all(b <= a for a, b in zip(curve, curve[1:], strict=False))
+        assert all(b <= a for a, b in itertools.pairwise(curve))
         assert curve[-1] < 0.95 * curve[0]
     assert curves["varpro"][-1] <= curves["adam"][-1]
 

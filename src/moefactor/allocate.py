@@ -25,6 +25,7 @@ class Offer:
 
     Args:
         stack: the part of the layer it belongs to; `score` splits a stack's budget over the stack's offers.
+        in_blocks: units come in blocks of `multiple`, as ranks and channels do; bases and experts do not.
         unit_cost, curvature: n units cost unit_cost·n − curvature·n² parameters.
         maximum: units beyond which there is nothing to gain.
         share: its original parameters, what `uniform` is proportional to.
@@ -41,6 +42,7 @@ class Offer:
     gains: Tensor | None = None
     minimum: int = 1
     curvature: int = 0
+    in_blocks: bool = True
 
     def cost(self, units: int) -> int:
         return self.unit_cost * units - self.curvature * units * units
@@ -99,17 +101,26 @@ def spend(layers: list[LayerOffers], budget: int, rule: str, *, multiple: int = 
     """
     offers = [offer for layer in layers for offer in layer.offers]
     available = budget - sum(layer.fixed for layer in layers)
-    block = [min(multiple, o.maximum) for o in offers]
-    low = [max(o.minimum, b) for o, b in zip(offers, block, strict=True)]
+    block = [min(multiple, o.maximum) if o.in_blocks else 1 for o in offers]
+    low = [max(o.minimum, b) if o.minimum else 0 for o, b in zip(offers, block, strict=True)]
     if _total(offers, low) > available:
         if multiple > 1:
             return spend(layers, budget, rule, multiple=1)
         _refuse(layers)
     if layers[0].equal:
         least = max(low)
-        units = [max(n for n in range(least, offers[0].maximum + 1) if _total(offers, [n] * len(offers)) <= available)]
-        units *= len(offers)
+        most = min(o.maximum for o in offers)
+        steps = [*range(least, most, block[0]), most]
+        fitting = [n for n in steps if _total(offers, [n] * len(offers)) <= available]
+        if not fitting:
+            _refuse(layers)
+        units = [fitting[-1]] * len(offers)
     elif rule == "loss":
+        if any(offer.gains is None for offer in offers):
+            raise UserError(
+                "This method has no estimate of what each further rank or basis gains, which the allocation 'loss' "
+                "goes by. Use --allocation uniform."
+            )
         units = _by_loss(offers, low, block, available)
     else:
         units = _proportional(layers, offers, low, block, available, by_score=rule == "score")
@@ -123,6 +134,11 @@ def _total(offers: list[Offer], units: list[int]) -> int:
 def _refuse(layers: list[LayerOffers]) -> None:
     total = sum(layer.layer.parameter_count for layer in layers)
     least = sum(layer.fixed + sum(o.cost(o.minimum) for o in layer.offers) for layer in layers)
+    if least >= total:
+        raise UserError(
+            f"No ratio can be reached: the parts that stay as they are take {least / total:.1%} of the experts' "
+            "parameters. Give mobe and slbf a smaller --rank, d2moe --base-pruning, or take another method."
+        )
     reach = int((1 - least / total) * 1000) / 1000
     raise UserError(
         "This ratio can't be reached: what stays as it is "

@@ -34,7 +34,7 @@ class Calibration:
     @classmethod
     def read(
         cls, model: StreamedModel, source: str | None = None, *, samples: int = 256, seqlen: int | None = None,
-        seed: int = 0, batch_size: int = 8,
+        seed: int = 0, batch_size: int = 4,
     ) -> Calibration:  # fmt: skip
         """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from a text by `seed`.
 
@@ -98,6 +98,7 @@ def calibrate(
         layers = layers[: layers.index(last) + 1]
     places = {layer.decoder_layer: index for index, layer in enumerate(model.experts)}
     steps = Steps(progress, STAGE, len(layers) * len(batches) * (2 if gradients else 1))
+    run.forget_calibration()
     activations = model.embed(batches)
     for number, decoder_layer in enumerate(layers):
         if gradients:

@@ -76,6 +76,9 @@ RankMultiple = Annotated[
 ]
 
 
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
 class Bars:
     """A Rich progress bar for each stage, drawn on standard error."""
 
@@ -262,10 +265,10 @@ def evaluate(
         ),
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="To load and run in; auto: the checkpoint's own.")] = "auto",
     json_output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Perplexity, tokens a second, bytes on disk and in memory."""
@@ -301,8 +304,8 @@ def compare(
     text: Annotated[list[str] | None, typer.Option(help="To measure on; repeat for several.")] = None,
     calibration: Text = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
     window: Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all")] = None,
-    device: Device = None, dtype: Annotated[str, typer.Option(help="To measure in.")] = "auto",
+    max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all", min=1)] = None,
+    device: Device = None, dtype: Annotated[Dtype, typer.Option(help="To measure in.")] = "auto",
     keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed models.")] = False,
 ) -> None:  # fmt: skip
     """Several methods at several ratios on one calibration: perplexity, parameters, bytes, seconds, speed."""
@@ -330,7 +333,7 @@ def comparison_table(rows: list[dict]) -> Table:
     table = Table("method", "ratio", *dense["perplexity"], *names)
     for row in rows:
         if "error" in row:
-            table.add_row(row["label"], str(row["ratio"]), f"[dim]{row['error']}")
+            table.add_row(row["label"], str(row["ratio"]), RichText(row["error"], style="dim"))
             continue
         table.add_row(
             row["label"], str(row["ratio"]), *(f"{p:.2f}" for p in row["perplexity"].values()),
@@ -390,17 +393,23 @@ def _plan_table(made: Plan) -> Table:
         f"{made.method}, ratio {made.ratio}: {made.original_count:,} -> {made.parameter_count():,} expert parameters "
         f"({made.achieved_ratio():.4f} removed)"
     )
-    table = Table("layer", "stack", "form", "ranks of its groups", "kept", title=title, title_justify="left")
+    table = Table("layer", "stack", "form", "ranks, widths or bases", "kept", title=title, title_justify="left")
     for entry in made.layers:
         for stack, form in entry.forms.items():
             data = form.to_json()
-            inner = data.get("inner", data)
             original = entry.layer.experts * entry.layer.stack_width(stack) * entry.layer.hidden
             table.add_row(
-                entry.layer.decoder_layer, stack, data["form"], _ranks(inner.get("ranks", [])),
+                entry.layer.decoder_layer, stack, data["form"], _ranks(_units(data)),
                 f"{form.parameter_count() / original:.1%}",
             )  # fmt: skip
     return table
+
+
+def _units(form: dict) -> list[int]:
+    """What a stack's budget was spent on, by the form's JSON: ranks, widths, the bases or their rank."""
+    form = form.get("inner") or form.get("delta") or form
+    one = form.get("basis_rank") or form.get("bases") or form.get("rank")
+    return form.get("ranks") or form.get("widths") or ([one] if one else [])
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -427,7 +436,7 @@ def main() -> None:
     """Entry point: a user's mistake is one red line and exit code 2."""
     try:
         app()
-    except UserError as error:
+    except (UserError, FileExistsError, NotADirectoryError, PermissionError, FileNotFoundError) as error:
         if getattr(_root, "debug", False):
             raise
         # Assembled, not marked up: [brackets] in a name are not tags.

@@ -102,8 +102,11 @@ class _Rows:
         self.path, self.about, self.on_row = path, about, on_row
         self.rows: list[dict] = []
         if path.is_file():
-            data = json.loads(path.read_text())
-            if data["about"] != about:
+            try:
+                data = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}. Remove it.") from None
+            if data.get("about") != about:
                 raise UserError(f"{path}: holds another comparison. Choose another output, or remove it.")
             self.rows = data["rows"]
 

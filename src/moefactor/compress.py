@@ -80,10 +80,10 @@ def needs_text(method: Method, options: dict) -> bool:
     return bool(method.plan_needs(options) or method.factorise_needs(options))
 
 
-def upfront_needs(method: Method, options: dict, *, sequential: bool) -> set[str]:
+def upfront_needs(method: Method, options: dict, *, sequential: bool, allocation: str | None = None) -> set[str]:
     """The statistics of the dense model that must be there before planning and factorising."""
     later = method.factorise_needs(options)
-    return method.plan_needs(options) | (later & GRADIENTS if sequential else later)
+    return method.needs_to_plan(options, allocation) | (later & GRADIENTS if sequential else later)
 
 
 def run_stages(
@@ -92,7 +92,7 @@ def run_stages(
     seed: int = 0, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
     """The stages on an opened model, checked options and read text; what `compress` and `compare` have in common."""
-    needs = upfront_needs(method, options, sequential=sequential)
+    needs = upfront_needs(method, options, sequential=sequential, allocation=allocation)
     if needs:
         calibrate(model, folder, text, needs, progress=progress)
     plan = make_plan(

@@ -66,14 +66,16 @@ def describe(name: str, module: nn.Module, decoder_layer: str, config: Pretraine
     )  # fmt: skip
 
 
-def _router_limits(config: PretrainedConfig) -> dict[str, int]:
+def _router_limits(config: PretrainedConfig) -> dict[str, int | bool]:
     """What group-limited top-k routing asks of the experts that are left."""
     text = config.get_text_config()
     top_k = next((getattr(text, n) for n in ("num_experts_per_tok", "moe_k", "moe_topk") if hasattr(text, n)), 1)
     groups, chosen = getattr(text, "n_group", None) or 1, getattr(text, "topk_group", None) or 1
     # DeepSeek-V3 ranks groups by the sum of their two best experts.
     per_group = max(-(-top_k // chosen), 2 if groups > 1 else 1)
-    return {"router_groups": groups, "fewest_experts": per_group * groups}
+    shared = any(getattr(text, n, None) for n in ("n_shared_experts", "moe_num_shared_experts"))
+    own = any(hasattr(text, n) for n in ("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"))
+    return {"router_groups": groups, "fewest_experts": per_group * groups, "fixed_width": shared and not own}
 
 
 def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:

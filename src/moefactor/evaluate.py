@@ -15,7 +15,7 @@ from .discover import is_fused_experts
 from .progress import Progress, Steps, silent
 from .runtime.experts import FactorisedExperts
 from .runtime.transformers import load
-from .streaming import default_device
+from .streaming import checked_device
 from .text import load_tokenizer, model_length, read_text, tokenise, windows
 
 STAGE = "evaluate"
@@ -61,7 +61,7 @@ def evaluate(
         max_windows: of each text, from its beginning; None for all.
         dtype: to load and run in; "auto" is the checkpoint's own.
     """
-    device = torch.device(device) if device is not None else default_device()
+    device = checked_device(device)
     folder = resolve(name)
     tokenizer = load_tokenizer(folder)
     disk_bytes = Checkpoint(folder).bytes()
@@ -80,8 +80,8 @@ def evaluate(
         for ids in text_batches:
             started = time.perf_counter()
             loss = window_losses(model, ids.to(device))
+            total, count = total + float(loss.sum()), count + loss.numel()  # waits for a GPU, so comes before the clock
             seconds += time.perf_counter() - started
-            total, count = total + float(loss.sum()), count + loss.numel()
             tokens += ids.numel()
             steps.tick()
         perplexities[label] = math.exp(total / count)
@@ -104,8 +104,12 @@ def evaluate(
 @torch.no_grad()
 def window_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """ids (n, L) -> (n, L − 1) negative log-likelihood of each token given those before it in its window, float32."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    # A window at a time: float32 logits of them all would be twice what the model gave, and again in the softmax.
+    pairs = zip(logits, ids[:, 1:], strict=True)
+    return torch.stack(
+        [torch.nn.functional.cross_entropy(row.float(), next_, reduction="none") for row, next_ in pairs]
+    )
 
 
 def _label(text: str) -> str:

@@ -44,6 +44,7 @@ class ExpertLayer:
     biased: bool = False
     router_groups: int = 1
     fewest_experts: int = 1
+    fixed_width: bool = False
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -210,9 +211,10 @@ class CompressedExperts:
 def check_finite(where: str, tensors: dict[str, Tensor]) -> None:
     """Raises UserError naming the first tensor that holds a NaN or an infinity."""
     for name, tensor in tensors.items():
-        # Expert by expert for a stack: the sum is finite only if every term is, and the message can say which one.
+        # Expert by expert for a stack, so that the message can say which one.
         for index, part in enumerate(tensor if tensor.ndim == 3 else [tensor]):
-            if not torch.isfinite(part.sum(dtype=torch.float64)):
+            # Not a float64 sum, for which torch copies the whole part; NaN comes out of both ends.
+            if part.numel() and not torch.stack(part.aminmax()).isfinite().all():
                 expert = f" expert {index}" if tensor.ndim == 3 else ""
                 raise UserError(
                     f"{where}.{name}{expert}: has values that are not finite (NaN or infinity). "

@@ -33,6 +33,8 @@ def export_dense(name: str, output: str | Path, *, progress: Progress = silent) 
     config.experts_implementation = None
     skeleton = build_skeleton(config, name)
     plans = layer_plans(quantisation, find_experts(skeleton, name))
+    if any(plan.intercept for plan in plans):
+        raise UserError(f"{name}: adds constants to experts' outputs (--intercept), which a dense MoE can't hold.")
     checkpoint = Checkpoint(folder)
     reader = ModelReader(checkpoint, skeleton)
     steps = Steps(progress, "export", len(plans))
@@ -57,7 +59,7 @@ def _dense_layer(checkpoint: Checkpoint, plan: LayerPlan) -> dict[str, Tensor]:
     names = [name for name in checkpoint.files if name.startswith(prefix)]
     with checkpoint.slices(names) as slices:
         stored = {name.removeprefix(prefix): view[:] for name, view in slices.items()}
-    dtype = next(iter(stored.values())).dtype
+    dtype = next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point())
     # Products in float32, then rounded once.
     tensors = {key: tensor.to(torch.float32) for key, tensor in stored.items()}
     dense = CompressedExperts(plan.layer, plan.forms, tensors).dense().to_model_layout()

@@ -46,6 +46,12 @@ def factorise(
     if needs and sequential and calibration is None:
         raise UserError("Sequential factorising needs the calibration text; give it, or use --no-sequential.")
     live = bool(needs) and sequential
+    gradients = needs & GRADIENTS
+    if live and gradients and gradients - set((run.calibration() or {"statistics": []})["statistics"]):
+        raise UserError(
+            f"{run.folder}: {method.name} reads {', '.join(sorted(gradients))} of the dense model. "
+            f"Run `moefactor calibrate {model.name} --run {run.folder} --method {method.name}` first."
+        )
     job = _Job(model, plan, method, run, calibration if needs else None, live)
     if len(job.done) < len(plan.layers):
         job.run_through(calibration, needs, progress) if live else job.each_alone(needs, progress)
@@ -175,7 +181,7 @@ class _Job:
         original = getattr(parent, leaf)
         experts = FactorisedExperts.replacing(original, layer_plan)
         prefix = layer_plan.layer.name + "."
-        dtype = self.model.model.dtype  # what is run in need not be what is stored in
+        dtype = self.model.dtype  # what is run in need not be what is stored in
         tensors = {
             k.removeprefix(prefix): v.to(self.model.device, dtype if v.is_floating_point() else None)
             for k, v in self.run.layer(index).items()
@@ -217,7 +223,10 @@ def write_checkpoint(model: StreamedModel, plan: Plan, run: RunFolder, output: P
         cuts = _router_cuts(model, plan) if standard else {}
 
         def change(name: str, tensor: Tensor) -> Tensor:
-            return tensor[list(cuts[name])] if name in cuts else tensor
+            if name not in cuts:
+                return tensor
+            rows = list(cuts[name])
+            return tensor[:, rows] if len(tensor) == 1 else tensor[rows]  # ernie's correction is (1, E)
 
         writer.copy_plain(model.reader.checkpoint, rest, source=model.reader.source, change=change)
         writer.companions(model.folder)
@@ -264,7 +273,7 @@ def _router_cuts(model: StreamedModel, plan: Plan) -> dict[str, tuple[int, ...]]
             if target.startswith(block)
             and not target.startswith(entry.layer.name + ".")
             and "shared" not in target.removeprefix(block)
-            and state[target].shape[0] == entry.layer.experts
+            and (state[target].shape[:1] == (entry.layer.experts,) or state[target].numel() == entry.layer.experts)
         }
         if not found:
             raise UserError(f"{block[:-1]}: no router found beside the experts, so none can be dropped here.")

@@ -6,14 +6,14 @@ import torch
 
 from .checkpoint import resolve
 from .runtime.transformers import load
-from .streaming import default_device
+from .streaming import checked_device
 from .text import load_tokenizer
 
 
 def generate(name: str, prompt: str, *, tokens: int = 50, device: torch.device | str | None = None) -> str:
     """The prompt continued by up to `tokens` tokens, greedily."""
     tokenizer = load_tokenizer(resolve(name))
-    model = load(name, device=device or default_device())
+    model = load(name, device=checked_device(device))
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)

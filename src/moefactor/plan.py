@@ -49,7 +49,7 @@ class LayerPlan:
         if self.intercept or not all(isinstance(form, Dense | Ragged) for form in self.forms.values()):
             return None
         widths = {w for form in self.forms.values() if isinstance(form, Ragged) for w in form.widths}
-        if len(widths) > 1 or 0 in widths:
+        if len(widths) > 1 or 0 in widths or (self.layer.fixed_width and widths - {self.layer.intermediate}):
             return None
         return self.remaining.experts, *(widths or {self.layer.intermediate})
 
@@ -71,11 +71,16 @@ class LayerPlan:
                     "Plan again for this model."
                 )
         stacks = data.get("stacks", {})
+        if not isinstance(stacks, dict):
+            raise UserError(f"{layer.name}: 'stacks' must be an object, found {stacks!r}.")
         allowed = [{"gate_up", "down"}, {"gate", "up", "down"}] if layer.gated else [{"up", "down"}]
         if set(stacks) not in allowed:
             choices = " or ".join("{" + ", ".join(sorted(names)) + "}" for names in allowed)
             raise UserError(f"{layer.name}: the plan has stacks {sorted(stacks)}, expected {choices}.")
-        kept, intercept = data.get("kept"), tuple(data.get("intercept", ()))
+        kept, intercept = data.get("kept"), data.get("intercept", [])
+        if not all(isinstance(ids, list | None) for ids in (kept, intercept)):
+            raise UserError(f"{layer.name}: 'kept' and 'intercept' must be lists of experts.")
+        intercept = tuple(intercept or ())
         for field_name, ids in (("kept", kept), ("intercept", intercept)):
             if ids is not None and (sorted(set(ids)) != list(ids) or not set(ids) <= set(range(layer.experts))):
                 raise UserError(f"{layer.name}: {field_name!r} must be ascending experts below {layer.experts}.")
@@ -90,7 +95,14 @@ class LayerPlan:
             )
             for name, form in stacks.items()
         }  # fmt: skip
-        return cls(layer, forms, kept if kept is None else tuple(kept), intercept)
+        if len({form.widths for form in forms.values() if isinstance(form, Ragged)}) > 1:
+            raise UserError(
+                f"{layer.name}: 'widths' must be the same in every stack: a channel is kept in all or in none."
+            )
+        entry = cls(layer, forms, kept if kept is None else tuple(kept), intercept)
+        if kept is not None and entry.standard() is None:
+            raise UserError(f"{layer.name}: experts can only be dropped ('kept') where the others stay dense.")
+        return entry
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,6 @@ class Plan:
         if self.parameter_count() > budget:
             raise UserError(
                 f"The plan keeps {self.parameter_count():,} expert parameters, ratio {self.ratio} allows {budget:,}. "
-                f'Lower some ranks, or set "ratio" to {math.floor(self.achieved_ratio() * 1e4) / 1e4} or less in the '
-                "plan (null for no budget)."
+                f'Lower some ranks, or set "ratio" in the plan to '
+                f"{math.floor(self.achieved_ratio() * 1e4) / 1e4} or less (null for no budget)."
             )

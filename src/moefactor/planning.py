@@ -40,7 +40,7 @@ def make_plan(
         rank_multiple = 8 if model.experts[0].hidden >= WIDE else 1
     if rank_multiple < 1:
         raise UserError(f"--rank-multiple must be at least 1, found {rank_multiple}.")
-    needs = method.plan_needs(options)
+    needs = method.needs_to_plan(options, rule)
     if needs and run.calibration() is None:
         raise UserError(
             f"{run.folder}: {method.name} plans by {', '.join(sorted(needs))}, and nothing is calibrated there. "
@@ -57,7 +57,7 @@ def make_plan(
     steps = Steps(progress, "plan", len(model.experts))
     offers: list[LayerOffers] = []
     for index, layer in enumerate(model.experts):
-        stats = run.stats(index, model.device)
+        stats = run.stats(index, model.device) if needs else None
         steps.detail = layer.decoder_layer
         offers.append(
             method.offers(model.expert_weights(layer), stats, seed=seed + index, **accepted(method.offers, options))

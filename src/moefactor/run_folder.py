@@ -47,6 +47,10 @@ class RunFolder:
 
     # -- calibration ---------------------------------------------------------------------------------------------
 
+    def forget_calibration(self) -> None:
+        """Before statistics are written over: what a killed calibration leaves must not pass for the earlier one."""
+        (self.folder / "calibration.json").unlink(missing_ok=True)
+
     def write_calibration(self, description: dict) -> None:
         self._write_json("calibration.json", description)
 

@@ -130,7 +130,10 @@ class LayerStats:
         total = self.weight_square.sum()
         if total == 0:
             return torch.eye(moments.shape[-1], dtype=torch.float64, device=moments.device)
-        return _with_ridge(moments.sum(0, dtype=torch.float64) / total)
+        pooled = torch.zeros_like(moments[0], dtype=torch.float64)
+        for moment in moments:  # sum(dtype=float64) would copy all of them
+            pooled += moment
+        return _with_ridge(pooled / total)
 
 
 @dataclass

@@ -48,8 +48,9 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
     routing = Routing(top_k_index, top_k_weights, module.down_proj.shape[0])
     observer: Observer | None = getattr(module, "observer", None)
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
-    first, down = getattr(module, first_name), module.down_proj
     watcher: GradientObserver | None = getattr(module, "gradient_observer", None)
+    # Unbound once: indexing in the loop would give the backward pass a gradient of the whole stack for every expert.
+    first, down = getattr(module, first_name).unbind(), module.down_proj.unbind()
     rows = []
     for expert, (start, end) in enumerate(routing.bounds):
         if start == end:
@@ -100,7 +101,10 @@ ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)
 
 @dataclass
 class Activations:
-    """Hidden states entering a layer, and each layer's other arguments; one entry a batch."""
+    """Hidden states entering a layer, and each layer's other arguments; one entry a batch.
+
+    Between layers the states have the checkpoint's dtype, as in the model itself: half of the memory of float32.
+    """
 
     states: list[Tensor]  # (batch, tokens, H)
     arguments: list[dict[str, tuple[tuple, dict]]]  # decoder layer -> args after the hidden states, kwargs
@@ -118,15 +122,13 @@ class StreamedModel:
 
     def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         self.name = name
-        try:
-            self.device = torch.device(device)
-        except RuntimeError:
-            raise UserError(f"Unknown device {str(device)!r}; cpu, cuda, cuda:1 ...") from None
+        self.device = checked_device(device)
         self.folder: Path = resolve(name)
         self.config = read_config(self.folder, name)
         source = _quantised_source(self.config, name)
         self.stored_dtype: torch.dtype = self.config.dtype or torch.float32
-        self.model = build_skeleton(self.config, name, dtype or _compute_dtype(self.stored_dtype, self.device))
+        self.dtype = dtype or _compute_dtype(self.stored_dtype, self.device)
+        self.model = build_skeleton(self.config, name, self.dtype)
         self.experts: list[ExpertLayer] = find_experts(self.model, name)
         self.decoder_layers = decoder_layers(self.model, self.experts)
         self.reader = ModelReader(Checkpoint(self.folder), self.model, source)
@@ -166,7 +168,7 @@ class StreamedModel:
                 for name, layer in layers.items():
                     layer.forward = _recorder(name, record)
                 decoder(input_ids=ids.to(self.device), use_cache=False)
-                states.append(record[self.decoder_layers[0]][0][0])
+                states.append(record[self.decoder_layers[0]][0][0].to(self.stored_dtype))
                 rest = {name: (args[1:], kwargs) for name, (args, kwargs) in record.items()}
                 arguments.append(_share(rest, arguments[0]) if arguments else rest)
         finally:
@@ -181,9 +183,9 @@ class StreamedModel:
         layer = self.model.get_submodule(decoder_layer)
         for index, state in enumerate(activations.states):
             args, kwargs = activations.arguments[index][decoder_layer]
-            out = layer(state, *args, **kwargs)
+            out = layer(state.to(self.dtype), *args, **kwargs)
             if keep:
-                activations.states[index] = out[0] if isinstance(out, tuple) else out
+                activations.states[index] = (out[0] if isinstance(out, tuple) else out).to(self.stored_dtype)
             tick()
 
     def loss_gradients(self, batches: list[Tensor], activations: Activations, tick: Tick = _nothing) -> list[Tensor]:
@@ -199,13 +201,16 @@ class StreamedModel:
         gradients = []
         try:
             for ids, state in zip(batches, activations.states, strict=True):
-                leaf = state.detach().requires_grad_()
-                for layer in layers:
-                    layer.forward = lambda hidden_states, *args, leaf=leaf, **kwargs: leaf
-                ids = ids.to(self.device)
-                logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="sum")
-                gradients.append(torch.autograd.grad(loss, leaf)[0])
+                rows = []
+                # A sequence at a time: logits of a large vocabulary are the largest tensor of all.
+                for row, entering in zip(ids.to(self.device).split(1), state.split(1), strict=True):
+                    leaf = entering.to(self.dtype, copy=True).requires_grad_()
+                    for layer in layers:
+                        layer.forward = lambda hidden_states, *args, leaf=leaf, **kwargs: leaf
+                    logits = self.model(input_ids=row, use_cache=False).logits[:, :-1].float()
+                    loss = nn.functional.cross_entropy(logits.transpose(1, 2), row[:, 1:], reduction="sum")
+                    rows.append(torch.autograd.grad(loss, leaf)[0])
+                gradients.append(torch.cat(rows))
                 tick()
         finally:
             for layer in layers:
@@ -221,7 +226,7 @@ class StreamedModel:
         layer = self.model.get_submodule(decoder_layer)
         for index, state in enumerate(activations.states):
             args, kwargs = activations.arguments[index][decoder_layer]
-            leaf = state.detach().requires_grad_()
+            leaf = state.to(self.dtype, copy=True).requires_grad_()
             with torch.enable_grad():
                 out = layer(leaf, *args, **kwargs)
                 torch.autograd.backward(out[0] if isinstance(out, tuple) else out, gradients[index])
@@ -281,6 +286,17 @@ def _quantised_source(config: object, name: str) -> Fp8Source | None:
     if kind == "moefactor":
         raise UserError(f"{name}: compressed by moefactor already. Start from the model it came from.")
     raise UserError(f"{name}: quantised with {kind}; compress the unquantised checkpoint, then quantise.")
+
+
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name, or the default; UserError for one that is not there."""
+    try:
+        device = torch.device(device) if device is not None else default_device()
+    except RuntimeError:
+        raise UserError(f"Unknown device {str(device)!r}; cpu, cuda, cuda:1 ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no CUDA device here; use --device cpu.")
+    return device
 
 
 def default_device() -> torch.device:

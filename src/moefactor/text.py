@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ DATASETS = {
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
 }
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+PIECE = 1 << 16  # characters tokenised at a time
+LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
 STREAMED_DOCUMENTS = 20_000  # of c4 and other unbounded sets; more than any calibration reads
 
 
@@ -92,14 +95,27 @@ def load_tokenizer(folder: Path) -> object:
 def model_length(config: object, wanted: int | None, default: int = 2048) -> int:
     """Tokens a window: what was asked for, or 2048, or the most the model takes."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or default
+    if wanted is not None and wanted < 2:
+        raise UserError(f"Windows of {wanted} tokens: at least 2 are needed.")
     if wanted is not None and wanted > most:
         raise UserError(f"Windows of {wanted} tokens: this model takes {most} at most.")
     return wanted or min(default, most)
 
 
 def tokenise(tokenizer: object, text: str) -> Tensor:
-    """(tokens,) ids of a text, whatever its length."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    """(tokens,) ids of a text, whatever its length.
+
+    In pieces that end with a line, before one that begins with a word, since the tokenizer's own bookkeeping takes
+    fifty bytes a character.
+    """
+    parts, start = [], 0
+    while start < len(text):
+        line = LINE_END.search(text, start + PIECE)
+        end = line.end() if line else len(text)
+        ids = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(torch.tensor(ids, dtype=torch.long))
+        start = end
+    return torch.cat(parts)
 
 
 def windows(ids: Tensor, length: int, what: str) -> Tensor:

@@ -34,8 +34,10 @@ class Routing:
         self.expert, self.order = torch.sort(ids, stable=True)  # (pairs,)
         self.token = self.order // self.top_k  # (pairs,)
         self.weight = weights[self.order]  # (pairs,)
-        self.counts = torch.bincount(self.expert, minlength=experts)  # (experts,)
-        self.offsets = self.counts.cumsum(0, dtype=torch.int32)  # (experts,) end of each expert's rows
+        every = torch.arange(experts, device=ids.device, dtype=ids.dtype)
+        # Not bincount, which asks a GPU for the largest id and so waits for it.
+        self.offsets = torch.searchsorted(self.expert, every, right=True).int()  # (experts,) end of each expert's rows
+        self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))  # (experts,)
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:

@@ -83,14 +83,14 @@ class BasisMixture(Form):
             basis = self.expert_bases(factors, experts)
             latent = grouped_linear(tokens[routing.token[window]], basis.transpose(1, 2), offsets)
             parts.append(grouped_linear(latent, factors["private"][experts], offsets))
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else tokens.new_zeros(0, self.width)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         parts = []
         for experts, window, offsets in self._hit(routing):
             latent = grouped_linear(activations[window], factors["private"][experts].transpose(1, 2), offsets)
             parts.append(grouped_linear(latent, self.expert_bases(factors, experts), offsets))
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
 
     def _hit(self, routing: Routing) -> Iterator[tuple[list[int], slice, Tensor]]:
         """Runs of experts that have rows, a few at a time, so that bases of the others are never rebuilt."""

@@ -64,7 +64,7 @@ class Ragged(Form):
             if end > start:
                 out = rows[start:end].to(weight.dtype) @ weight[self._rows[expert]].T
                 parts.append(self._widen(out, self.widths[expert]))
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else tokens.new_zeros(0, self.width)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         weight, common = factors["weight"], self._common
@@ -76,7 +76,7 @@ class Ragged(Form):
             if end > start:
                 width = self.widths[expert]
                 parts.append(activations[start:end, :width].to(weight.dtype) @ weight[self._rows[expert]])
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
 
     @property
     def _common(self) -> int:

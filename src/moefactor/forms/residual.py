@@ -8,6 +8,7 @@ stored, so P is needed neither on disk nor in memory: its column numbers come ba
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,14 +76,15 @@ class SparseResidual(Form):
         count = self.width * self.hidden
         return start + projection_columns(self.seed + group, place * count, count, self.sizes[group], device)
 
-    def catch(self, residuals: Tensor) -> Tensor:
-        """residuals (E, width, H) -> `residual`: the mean of every column's entries, η_j / √n_j."""
-        total = residuals.new_zeros(sum(self.sizes))
-        hits = torch.zeros_like(total)
-        for expert in range(self.experts):
-            columns = self.columns(expert, residuals.device)
-            total.index_add_(0, columns, residuals[expert].reshape(-1))
-            hits.index_add_(0, columns, torch.ones_like(residuals[expert]).reshape(-1))
+    def catch(self, residuals: Iterable[Tensor]) -> Tensor:
+        """residuals: (width, H) of each expert in turn -> `residual`: the mean of every column, η_j / √n_j."""
+        total = hits = torch.zeros(())
+        for expert, residual in enumerate(residuals):
+            if expert == 0:
+                total, hits = residual.new_zeros(2, sum(self.sizes))
+            columns = self.columns(expert, residual.device)
+            total.index_add_(0, columns, residual.reshape(-1))
+            hits.index_add_(0, columns, torch.ones_like(residual).reshape(-1))
         return total / hits.clamp(min=1)
 
     def thrown_back(self, factors: Factors, expert: int) -> Tensor:
@@ -95,6 +97,7 @@ class SparseResidual(Form):
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
         out = self.inner.read(factors, tokens, routing)
+        tokens = tokens.to(factors["residual"].dtype)
         parts = [tokens[routing.token[a:b]] @ self.thrown_back(factors, e).T for e, (a, b) in self._hit(routing)]
         return out + torch.cat(parts) if parts else out
 
@@ -106,6 +109,7 @@ class SparseResidual(Form):
         return inner + routing.combine(self._write_residual(factors, activations, routing))
 
     def _write_residual(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
+        activations = activations.to(factors["residual"].dtype)
         parts = [activations[a:b] @ self.thrown_back(factors, e) for e, (a, b) in self._hit(routing)]
         return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
 

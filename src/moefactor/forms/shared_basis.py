@@ -80,12 +80,15 @@ class SharedBasis(Form):
         return shapes
 
     def pack(self, bases: list[Tensor], privates: dict[int, Tensor]) -> Factors:
-        """bases: (r_g, H) of each group; privates: expert -> (r_g, width). The inverse of how `dense` reads."""
+        """bases: (r_g, H) of each group; privates: expert -> (r_g, width). The inverse of how `dense` reads.
+
+        In float32: methods work in float64, and a layer of it would take twice the memory until it is written.
+        """
         factors = {}
         for bucket in self.buckets:
             of_rank = [b for b, rank in zip(bases, self.ranks, strict=True) if rank == bucket.rank]
-            factors[bucket.basis] = torch.stack(of_rank)
-            factors[bucket.private] = torch.stack([privates[e] for e in bucket.experts])
+            factors[bucket.basis] = torch.stack(of_rank).float()
+            factors[bucket.private] = torch.stack([privates[e].float() for e in bucket.experts])
         return factors
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
@@ -145,7 +148,7 @@ class SharedBasis(Form):
         return {}
 
     def _map(self, device: torch.device) -> dict[str, Tensor]:
-        """Index maps on `device`: expert -> slot, expert -> its group's place, and the slots' experts."""
+        """Index maps on `device`: expert -> slot, expert -> its group's place, the slots' experts, and group ends."""
         if device not in self._maps:
             order = self._slot_order
             slot = sorted(range(self.experts), key=order.__getitem__)  # the inverse permutation
@@ -154,6 +157,9 @@ class SharedBasis(Form):
                 name: torch.tensor(values, device=device)
                 for name, values in (("slot", slot), ("group", group), ("order", order))
             }
+            for bucket in self.buckets:
+                ends = torch.tensor(bucket.group_sizes, device=device).cumsum(0) - 1
+                self._maps[device][bucket.basis] = ends  # its groups' last experts
         return self._maps[device]
 
     def _parts(self, routing: Routing) -> Iterator[_Part]:
@@ -171,7 +177,7 @@ class SharedBasis(Form):
                 end = start + sum(b - a for a, b in (routing.bounds[e] for e in bucket.experts))
             else:
                 end = ends[index]
-            yield _Part(bucket, routing, rows, slice(start, end), bucket_counts, maps["group"])
+            yield _Part(bucket, routing, rows, slice(start, end), bucket_counts, maps)
             first_slot, start = first_slot + len(bucket.experts), end
 
     def _unsort(self, parts: list[Tensor], routing: Routing) -> Tensor:
@@ -206,7 +212,9 @@ class SharedBasis(Form):
             if len(ids) != experts:
                 raise UserError(f"{where}: 'groups' names {len(ids)} experts, the layer has {experts}.")
             if sorted(set(ids)) != list(range(len(ranks))):
-                raise UserError(f"{where}: 'groups' must name the groups 0 to {len(ranks) - 1}, one for each rank.")
+                raise UserError(
+                    f"{where}: {len(ranks)} ranks are for the groups 0 to {len(ranks) - 1}; 'groups' names others."
+                )
             groups = tuple(tuple(e for e, g in enumerate(ids) if g == index) for index in range(len(ranks)))
         if len(ranks) != len(groups) or not all(groups):
             raise UserError(f"{where}: {len(groups)} groups need as many ranks and an expert each; found {len(ranks)}.")
@@ -224,14 +232,14 @@ class _Part:
     """One bucket's share of a call: pairs sorted by the bucket's experts."""
 
     def __init__(
-        self, bucket: Bucket, routing: Routing, rows: Tensor | None, window: slice, counts: Tensor, group_of: Tensor
-    ):
+        self, bucket: Bucket, routing: Routing, rows: Tensor | None, window: slice, counts: Tensor,
+        maps: dict[str, Tensor],
+    ):  # fmt: skip
         whole = window == slice(0, len(routing.expert))
         self.bucket = bucket
         self.pairs = window.stop - window.start
         self.offsets = counts.cumsum(0, dtype=torch.int32)
-        ends = torch.tensor(bucket.group_sizes, device=counts.device).cumsum(0) - 1
-        self.group_offsets = self.offsets[ends]
+        self.group_offsets = self.offsets[maps[bucket.basis]]
         if rows is not None:
             rows = rows[window]
         elif not whole:
@@ -239,4 +247,4 @@ class _Part:
         self.rows = rows  # None: all, in the routing's order
         self.token = routing.token if rows is None else routing.token[rows]
         self.weight = routing.weight if rows is None else routing.weight[rows]
-        self.group = group_of[routing.expert if rows is None else routing.expert[rows]]
+        self.group = maps["group"][routing.expert if rows is None else routing.expert[rows]]

@@ -52,6 +52,11 @@ class Method:
     planner: Callable[..., list[LayerPlan]] | None = None
     refit: Callable[..., CompressedExperts] | None = None
 
+    def needs_to_plan(self, options: dict, allocation: str | None) -> set[str]:
+        """Statistics that planning reads; the rule `loss` ranks gains in the norm that factorising will use."""
+        needs = self.plan_needs(options)
+        return needs | self.factorise_needs(options) if allocation == "loss" else needs
+
     def complete(self, options: dict) -> dict:
         """The options with defaults filled in; raises UserError on an unknown name or a value of the wrong type."""
         for name in options:

@@ -111,7 +111,9 @@ def refitted_down(stack: Stack, expert: int, channels: Tensor, *, refit: bool, c
     moment = stack.moment(expert)
     mean = stats.hidden_sum[expert].double() / stats.weight_square[expert].clamp(min=1e-300)
     if centred:
-        moment = moment - torch.outer(mean, mean)
+        # Only the expert's own part has that mean; less of it than this and the matrix is no longer a covariance.
+        own = float(stats.count[expert]) / (len(mean) + float(stats.count[expert]))
+        moment = moment - own * torch.outer(mean, mean)
     rows = down[channels]
     if refit and len(channels) and stats.count[expert] > 0:
         inner = moment[channels][:, channels]

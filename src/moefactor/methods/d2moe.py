@@ -76,16 +76,19 @@ def factorise(stack: Stack, form: BasePlusDelta, *, seed: int, base: Base = "fis
 
 def merged_base(stack: Stack, base: Base) -> Tensor:
     """(width, H) float64: Σ_e F_e ⊙ W_e / Σ_e F_e."""
-    weights = stack.weights.double()
+    # Expert by expert: a float64 copy of a stack is four times its size in bfloat16.
+    mean = sum(weight.double() for weight in stack.weights) / len(stack.weights)
     if base == "mean":
-        return weights.mean(0)
+        return mean
     if base == "frequency":
-        share = stack.stats.frequency().to(weights)
-        return torch.einsum("e,eih->ih", share / share.sum(), weights)
-    fisher = _fisher(stack).double()
-    total = fisher.sum(0)
+        share = stack.stats.frequency()
+        return sum(s * weight.double() for s, weight in zip(share / share.sum(), stack.weights, strict=True))
+    total, weighted = torch.zeros_like(mean), torch.zeros_like(mean)
+    for fisher, weight in zip(_fisher(stack), stack.weights, strict=True):
+        total += fisher
+        weighted += fisher.double() * weight.double()
     # Where no gradient ever was, every expert counts alike.
-    return torch.where(total > 0, (fisher * weights).sum(0) / total.clamp(min=1e-300), weights.mean(0))
+    return torch.where(total > 0, weighted / total.clamp(min=1e-300), mean)
 
 
 def _fisher(stack: Stack) -> Tensor:

@@ -10,12 +10,14 @@ only bases and mixing are optimised: at the optimal A the gradient is that of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..forms.basis_mixture import ACTIVATIONS
 
 RIDGE = 1e-5  # of the mean diagonal of B C Bᵀ; smaller ones made single experts blow up between steps
@@ -36,7 +38,7 @@ class Problem:
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scale = float(self._energy(self.weights))
+        self.scale = float(self._energy(self.weights)) or 1.0  # experts of zeros: their loss is 0, not NaN
 
     def private(self, bases: Tensor) -> Tensor:
         """(E, width, r): argmin over A_e, whatever L is. bases (E, r, H)."""
@@ -59,7 +61,7 @@ class Problem:
 
 @dataclass
 class Solution:
-    """private (E, width, r); the solver's parameters at the best loss; the loss after each step."""
+    """private (E, width, r); the solver's parameters at the best loss; the best loss up to each step."""
 
     private: Tensor
     parameters: list[Tensor]
@@ -88,6 +90,8 @@ def solve(
         groups.append({"params": [learned], "lr": private_rate})
     optimiser = torch.optim.AdamW(groups, weight_decay=weight_decay) if weight_decay else torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 + 0.98 * _cosine(step / max(1, steps)))
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, found {steps}.")
     best, state, curve, window = float("inf"), None, [], max(50, steps // 10)
     for _ in range(steps + 1):
         current = bases(parameters)
@@ -109,7 +113,7 @@ def solve(
 
 
 def _cosine(progress: float) -> float:
-    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(progress, 1.0)))))
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def group_starts(problem: Problem, bases: int, rank: int) -> Tensor:

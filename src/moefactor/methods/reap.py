@@ -21,15 +21,17 @@ from .base import Method, options_of
 def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: bool = False) -> LayerOffers:
     layer = weights.layer
     groups = 1 if intercept else layer.router_groups
-    price = groups * (layer.parameter_count // layer.experts)
-    saved = groups * layer.hidden if intercept else 0  # an expert that stays needs no constant
+    # With intercepts every expert keeps its biases, and one that stays needs no constant.
+    fixed = layer.bias_count + layer.experts * layer.hidden if intercept else 0
+    price = groups * ((layer.parameter_count - fixed) // layer.experts)
     unit = Offer(
         "experts",
-        price - saved,
+        price,
         layer.experts // groups,
         layer.parameter_count,
         gains=saliency(stats).sort(descending=True).values.cpu(),
         minimum=1 if intercept else -(-layer.fewest_experts // groups),
+        in_blocks=False,
     )
 
     def plan(bought: list[int]) -> LayerPlan:
@@ -48,7 +50,6 @@ def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: b
         }
         return LayerPlan(layer, forms, intercept=tuple(e for e in range(layer.experts) if e not in kept))
 
-    fixed = layer.experts * layer.hidden if intercept else 0
     return LayerOffers(layer, fixed, (unit,), plan, equal=True)
 
 
@@ -79,7 +80,7 @@ def factorise(
     for name, stack in stacks.items():
         tensors[f"{name}_weight"] = stack[kept].flatten(0, 1)
     mean = stats.hidden_sum.double() / stats.weight_square.clamp(min=1e-300).unsqueeze(1)
-    constants = torch.einsum("ehi,ei->eh", weights.down.double(), mean)
+    constants = torch.stack([d.double() @ m for d, m in zip(weights.down, mean, strict=True)])
     tensors["intercept"] = constants[list(plan.intercept)]
     return CompressedExperts(plan.layer, dict(plan.forms), tensors)
 

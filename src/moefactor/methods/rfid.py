@@ -67,6 +67,8 @@ def factorise(
     stack: Stack, form: SharedBasis | SparseResidual, *, seed: int, refine_steps: int = 0, refine_rate: float = 0.02
 ) -> Fitted:
     """`refine_steps`: Adam steps of the paper's own fit (0: the closed form, which it cannot beat)."""
+    if refine_steps < 0:
+        raise UserError(f"rfid: refine_steps must be 0 or more, found {refine_steps}.")
     basis_form = form.inner if isinstance(form, SparseResidual) else form
     bases, privates = [], {}
     for group, rank in zip(basis_form.groups, basis_form.ranks, strict=True):
@@ -79,8 +81,7 @@ def factorise(
         privates |= {expert: private[i].T for i, expert in enumerate(group)}
     factors = basis_form.pack(bases, privates)
     if isinstance(form, SparseResidual):
-        rebuilt = torch.stack([basis_form.dense(factors, e) for e in range(form.experts)])
-        factors["residual"] = form.catch(stack.weights.double() - rebuilt)
+        factors["residual"] = form.catch(w.double() - basis_form.dense(factors, e) for e, w in enumerate(stack.weights))
     return Fitted(factors, stack_error(stack, form, factors, weighted=False))
 
 

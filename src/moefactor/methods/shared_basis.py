@@ -63,7 +63,7 @@ def factorise(stack: Stack, form: SharedBasis, *, seed: int, whitened: bool = Tr
                 private = weighted_least_squares(weight, basis, stack.moment(expert))
             else:
                 private = weight @ basis.T  # orthonormal rows; a metric on the private side cancels
-            privates[expert] = private.T
+            privates[expert] = private.T.float()
     factors = form.pack(bases, privates)
     return Fitted(factors, stack_error(stack, form, factors, weighted=whitened))
 

@@ -26,10 +26,12 @@ RATES = {"varpro": 0.03, "adam": 0.1}
 STEPS = {"varpro": 600, "adam": 8_000}
 
 
-def offers(stack: Stack, *, bases: int = 0, activation: Literal["silu", "tanh"] = "silu") -> StackOffers:
-    """What is bought is the bases' rank k. `bases`: m, 0 for one an expert."""
+def offers(stack: Stack, *, bases: int = 0, rank: int = 0, activation: Literal["silu", "tanh"] = "silu") -> StackOffers:
+    """What is bought is the bases' rank k. `bases`: m, 0 for one an expert; `rank`: r, 0 for I (or H, if less)."""
     experts, width, hidden = stack.shape
-    count, rank = bases or experts, min(width, hidden)
+    count, rank = bases or experts, rank or min(width, hidden)
+    if not 1 <= rank <= min(width, hidden):
+        raise UserError(f"slbf: rank must be from 1 to {min(width, hidden)}, found {rank}.")
     if not 1 <= count <= experts:
         raise UserError(f"slbf: bases must be from 1 to the number of experts, {experts}; found {count}.")
     unit = Offer(

@@ -32,8 +32,8 @@ def factorise(stack: Stack, form: SharedBasis, *, seed: int) -> Fitted:
             left = inverse.T @ left
         else:
             right = right @ inverse
-        privates[expert] = left.T
-        bases.append(right)
+        privates[expert] = left.T.float()
+        bases.append(right.float())
     factors = form.pack(bases, privates)
     return Fitted(factors, stack_error(stack, form, factors, weighted=True))
 

@@ -4,6 +4,7 @@ Softmax routing without normalisation, ungated shared experts, a dense first lay
 one module an expert; here they are fused, and read and written under the published tensor names.
 """
 
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -12,7 +13,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2Moe,
     DeepseekV2TopkRouter,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaPreTrainedModel
 
 __all__ = ["DeepseekConfig", "DeepseekForCausalLM", "DeepseekModel"]
 
@@ -44,7 +45,16 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
             self.mlp = DeepseekV2Moe(config)
 
 
-class DeepseekModel(LlamaModel):
+class FusedExperts:
+    """Lets both classes below choose how their experts run."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in this file's source; the experts are DeepSeek-V2's, which have it.
+        return True
+
+
+class DeepseekModel(FusedExperts, LlamaModel):
     config: DeepseekConfig
     _no_split_modules = ["DeepseekDecoderLayer"]  # noqa: RUF012
 
@@ -55,13 +65,16 @@ class DeepseekModel(LlamaModel):
         self.post_init()
 
 
-class DeepseekForCausalLM(LlamaForCausalLM):
+class DeepseekForCausalLM(FusedExperts, LlamaForCausalLM):
     config: DeepseekConfig
     _no_split_modules = ["DeepseekDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: DeepseekConfig):
-        super().__init__(config)
+        # Not Llama's own, which builds a LlamaModel first, and that refuses an experts implementation.
+        LlamaPreTrainedModel.__init__(self, config)
         self.model = DeepseekModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: object) -> None:
@@ -72,11 +85,6 @@ class DeepseekForCausalLM(LlamaForCausalLM):
         elif isinstance(module, DeepseekV2Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=spread)
             init.normal_(module.down_proj, mean=0.0, std=spread)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator in this file's source; the experts are DeepSeek-V2's, which have it.
-        return True
 
 
 AutoConfig.register("deepseek", DeepseekConfig)

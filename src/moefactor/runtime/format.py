@@ -52,6 +52,8 @@ def _smaller(config: dict, plan: Plan) -> dict:
         name = next((n for n in WIDTHS if part.get(n) == layer.intermediate), None)
         if name is not None:
             part[name] = width
+    if width % 8 and width != layer.intermediate:
+        config["experts_implementation"] = "eager"  # transformers' grouped_mm wants rows of 16 bytes
     return config
 
 
