@@ -3,6 +3,7 @@
     python benchmarks/quality.py                            every method, 20/40/60 %, three calibration texts
     python benchmarks/quality.py --ratios 0.4 --rows rfid,svd
     python benchmarks/quality.py --table ablation           the parts of RFID, each off in turn
+    python benchmarks/quality.py --table options            options of the peers
 
 Perplexities on the first 96 windows of 256 tokens of each text, and their geometric mean as a multiple of the dense
 model's. Prints a table as it goes and writes JSON (default results/quality.json); rows already there are not run again.
@@ -50,6 +51,7 @@ METHODS = {
     "d2moe, frequency base": ("d2moe", {"base": "frequency"}),
     "reap": ("reap", {}),
     "channels": ("channels", {}),
+    "biaxial": ("biaxial", {}),
 }
 # Measured once: no calibration text has a part in them.
 DATA_FREE = ("svd", "shared_basis, plain", "mobe, three projections", "slbf")
@@ -67,7 +69,18 @@ ABLATION = {
     "three projections": ("rfid", THREE),
     "three projections, no residual": ("rfid", {**THREE, "residual": 0}),
 }
-TABLES = {"methods": METHODS, "ablation": ABLATION}
+OPTIONS = {
+    "channels": ("channels", {}),
+    "channels, intercept": ("channels", {"intercept": True}),
+    "channels, down not refitted": ("channels", {"refit": False}),
+    "channels, one width": ("channels", {"widths": "model"}),
+    "reap, intercept": ("reap", {"intercept": True}),
+    "d2moe, mean base": ("d2moe", {"base": "mean"}),
+    "d2moe, shared v": ("d2moe", {"base": "frequency", "shared": "v"}),
+    "d2moe, shared u": ("d2moe", {"base": "frequency", "shared": "u"}),
+    "d2moe, a quarter of the base pruned": ("d2moe", {"base": "frequency", "base_pruning": 0.25}),
+}
+TABLES = {"methods": METHODS, "ablation": ABLATION, "options": OPTIONS}
 
 
 def measure(model: Path | str, data: Path) -> dict:

@@ -290,7 +290,7 @@ def _errors(metrics: Metrics, plan: LayerPlan, kept: list[Tensor], tensors: dict
 METHOD = Method(
     "biaxial",
     "channels removed and one shared basis a projection, priced in the model's loss; refitted",
-    "ours",
+    "moefactor's own",
     __doc__,
     None,
     factorise,
