@@ -389,7 +389,7 @@ def test_refit_is_weighted_least_squares(intercept: bool) -> None:
     stats = random_stats(weights)
     stack = Stack("down", weights.stack("down"), stats)
     for expert in range(8):
-        rows, _ = channels._refitted(stack, expert, kept, refit=True, centred=intercept)
+        rows, _ = channels.refitted_down(stack, expert, kept, refit=True, centred=intercept)
         down = weights.down[expert].T.double()  # (I, H)
         if expert == UNUSED:
             torch.testing.assert_close(rows, down[kept])
