@@ -30,9 +30,9 @@ ROWS = {
 }
 
 
-def base_work(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, float]:
-    """Multiply-adds of the bases and of all products in one pass, per token. Counted from shapes, as they run."""
-    totals = {"base": 0, "all": 0}
+def base_work(model: torch.nn.Module, ids: torch.Tensor) -> tuple[int, float, float]:
+    """Bytes of the bases; multiply-adds of the bases and of all products in one pass, per token."""
+    totals = {"bytes": 0, "base": 0, "all": 0}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids)
     totals["all"] = counter.get_total_flops() / 2
@@ -40,9 +40,10 @@ def base_work(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, float]:
         if isinstance(module, FactorisedExperts):
             for name, form in module.forms.items():
                 base = getattr(module, f"{name}_base")
+                totals["bytes"] += 2 * base.numel()  # bfloat16
                 used = form.kept - int(form.dynamic * form.kept)
                 totals["base"] += ids.numel() * used * base.numel() // form.kept
-    return totals["base"] / ids.numel(), totals["all"] / ids.numel()
+    return totals["bytes"], totals["base"] / ids.numel(), totals["all"] / ids.numel()
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     assert set().union(*ROWS.values()) <= set(METHODS["d2moe"].options)
     results = {}
-    print(f"{'':28}{'experts':>12}{'bytes':>12}{'base MAC':>11}{'model MAC':>11}{'perplexity':>12}")
+    print(f"{'':28}{'experts':>12}{'base bytes':>12}{'base MAC':>11}{'model MAC':>11}{'perplexity':>12}")
     with tempfile.TemporaryDirectory() as folder:
         for label, options in ROWS.items():
             out = moefactor.compress(
@@ -61,15 +62,15 @@ def main() -> None:
             )
             result = moefactor.evaluate(str(out), [arguments.text], window=256, max_windows=48, dtype="float32")
             model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-            base, total = base_work(model, torch.arange(2048).view(8, 256) % 4096)
+            base_bytes, base, total = base_work(model, torch.arange(2048).view(8, 256) % 4096)
             perplexity = result.mean_perplexity
             print(
-                f"{label:28}{result.expert_parameters:12,}{2 * result.expert_parameters:12,}{base:11,.0f}{total:11,.0f}"
+                f"{label:28}{result.expert_parameters:12,}{base_bytes:12,}{base:11,.0f}{total:11,.0f}"
                 f"{perplexity:12.2f}",
                 flush=True,
             )
             results[label] = {
-                "expert_parameters": result.expert_parameters, "base_multiply_adds": base,
+                "expert_parameters": result.expert_parameters, "base_bytes": base_bytes, "base_multiply_adds": base,
                 "model_multiply_adds": total, "perplexity": perplexity,
             }  # fmt: skip
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
