@@ -159,11 +159,6 @@ class ModelReader:
                 "Download the model again, or check that its config.json belongs to it."
             )
 
-    @property
-    def ignored(self) -> list[str]:
-        """Tensors of the checkpoint that transformers does not load (multi-token prediction layers, say)."""
-        return [name for name in self.checkpoint.files if name not in self.targets]
-
     def load(self, prefix: str, device: torch.device, *, without: tuple[str, ...] = ()) -> None:
         """Fills the parameters under `prefix` (a module's path), but for those under `without`.
 

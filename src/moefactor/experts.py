@@ -31,6 +31,7 @@ class ExpertLayer:
         biased: has a bias on every projection.
         router_groups, fewest_experts: for methods that drop experts: a group-limited router needs as many left in each
             of its groups, and top-k needs at least `fewest_experts` in all.
+        fixed_width: shared experts take their width from the routed experts', so the config can't narrow one alone.
     """
 
     name: str

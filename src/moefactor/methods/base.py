@@ -16,6 +16,7 @@ from ..errors import UserError, unknown
 from ..experts import CompressedExperts, ExpertLayer, ExpertWeights
 from ..forms import Dense, Form
 from ..forms.base import Factors
+from ..linalg import weighted_error
 from ..plan import LayerPlan
 from ..stats import LayerStats
 
@@ -223,8 +224,8 @@ def relative_error(original: Tensor, rebuilt: Callable[[int], Tensor], moment: C
             lost, total = lost + difference.square().sum(), total + weight.double().square().sum()
         else:
             c = moment(expert)
-            lost = lost + (difference @ c * difference).sum()
-            total = total + (weight.double() @ c * weight.double()).sum()
+            lost = lost + weighted_error(difference, c)
+            total = total + weighted_error(weight.double(), c)
     return float(lost / total) if total > 0 else 0.0
 
 

@@ -25,7 +25,7 @@ from ..allocate import LayerOffers, Offer, spend
 from ..errors import UserError
 from ..experts import CompressedExperts, ExpertLayer, ExpertWeights
 from ..forms import Form, Latent, Ragged
-from ..linalg import weighted_least_squares
+from ..linalg import weighted_error, weighted_least_squares
 from ..plan import LayerPlan
 from ..stats import LayerStats, SecondLook
 from .base import Method, Stack, options_of
@@ -282,8 +282,8 @@ def _errors(metrics: Metrics, plan: LayerPlan, kept: list[Tensor], tensors: dict
         rebuilt[rows] = form.dense(factors, expert).double()[places]
         moment = first.moment(expert)
         difference = original - rebuilt
-        lost += float((difference @ moment * difference).sum())
-        total += float((original @ moment * original).sum())
+        lost += float(weighted_error(difference, moment))
+        total += float(weighted_error(original, moment))
     return {first.name: lost / total if total else 0.0}
 
 
