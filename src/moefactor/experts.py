@@ -71,6 +71,11 @@ class ExpertLayer:
         """The model's name of the parameter that feeds the activation."""
         return "gate_up_proj" if self.gated else "up_proj"
 
+    @property
+    def first_stack(self) -> str:
+        """The stack that feeds the activation when gate and up are kept together."""
+        return "gate_up" if self.gated else "up"
+
     def stack_width(self, stack: str) -> int:
         return 2 * self.intermediate if stack == "gate_up" else self.intermediate
 

@@ -245,7 +245,7 @@ def _standard_layer(entry: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, T
     layer = replace(entry.layer, experts=experts, intermediate=width)
     prefix = layer.name + "."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    first = tensors["gate_up_weight" if layer.gated else "up_weight"].view(experts, -1, layer.hidden)
+    first = tensors[f"{layer.first_stack}_weight"].view(experts, -1, layer.hidden)
     gate, up = first.chunk(2, dim=1) if layer.gated else (None, first)
     biases = {}
     if layer.biased:

@@ -17,6 +17,7 @@ the true output of the expert, from the compressed expert's own activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,12 +25,12 @@ from torch import Tensor
 from ..allocate import LayerOffers, Offer, spend
 from ..errors import UserError
 from ..experts import CompressedExperts, ExpertLayer, ExpertWeights
-from ..forms import Form, Latent, Ragged
+from ..forms import Form, Latent
 from ..linalg import weighted_error, weighted_least_squares
 from ..plan import LayerPlan
 from ..stats import LayerStats, SecondLook
 from .base import Method, Stack, options_of
-from .channels import importance, kept_biases, refitted_down
+from .channels import importance, kept_biases, ragged_forms, refitted_down
 
 # Shares of all channels that are removed before bases are bought.
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -57,20 +58,16 @@ def planner(
     cuts = {share: _widths(scores, share) for share in shares}
     offers: dict[tuple[float, bool], list[LayerOffers]] = {choice: [] for choice in grid}
     for index, (weights, stats) in enumerate(layers):
+        metrics = Metrics(weights, stats, 0.0)
         for share, widths in cuts.items():
             kept = [s.topk(w).indices.sort().values for s, w in zip(scores[index], widths[index], strict=True)]
-            metrics = Metrics(weights, stats, 0.0)
             first, down = metrics.first_prices(kept)[0], metrics.down_prices(kept)[0]
             for with_down in (True, False):
                 offers[share, with_down].append(_offers(weights.layer, kept, first, down if with_down else None))
         tick()
     candidates = []
     for share, with_down in grid:
-        removed = sum(
-            float(s.sort(descending=True).values[w:].sum())
-            for layer_scores, layer_widths in zip(scores, cuts[share], strict=True)
-            for s, w in zip(layer_scores, layer_widths, strict=True)
-        )
+        removed = _price_of_removed(scores, cuts[share])
         try:
             units = spend(offers[share, with_down], budget, "loss", multiple=multiple)
         except UserError:
@@ -97,35 +94,41 @@ def _widths(scores: list[Tensor], share: float) -> list[list[int]]:
     return [[int((row > threshold).sum()) for row in s] for s in scores]
 
 
+def _price_of_removed(scores: list[Tensor], widths: list[list[int]]) -> float:
+    """Σ of the prices of the channels beyond each expert's width, its cheapest."""
+    return sum(
+        float(s.sort(descending=True).values[w:].sum())
+        for layer_scores, layer_widths in zip(scores, widths, strict=True)
+        for s, w in zip(layer_scores, layer_widths, strict=True)
+    )
+
+
 def _channels_alone(layers: list[ExpertLayer], scores: list[Tensor], budget: int) -> tuple[float, list[LayerPlan]]:
     """No bases: the dense channels that the budget pays for."""
     price = len(layers[0].projections) * layers[0].hidden
     every = sum(s.numel() for s in scores)
     share = 1 - (budget - sum(layer.bias_count for layer in layers)) / (every * price)
     widths = _widths(scores, min(1.0, share + 1 / every))
-    removed = sum(
-        float(s.sort(descending=True).values[w:].sum())
-        for layer_scores, layer_widths in zip(scores, widths, strict=True)
-        for s, w in zip(layer_scores, layer_widths, strict=True)
-    )
-    return removed, [LayerPlan(layer, _ragged(layer, tuple(w))) for layer, w in zip(layers, widths, strict=True)]
+    return _price_of_removed(scores, widths), [
+        LayerPlan(layer, _ragged(layer, tuple(w))) for layer, w in zip(layers, widths, strict=True)
+    ]
 
 
 def _ragged(layer: ExpertLayer, widths: tuple[int, ...], ranks: dict[str, int] | None = None) -> dict[str, Form]:
     """The forms of channels that are left; a stack named in `ranks` lives behind a basis of that rank."""
-    first = "gate_up" if layer.gated else "up"
     forms: dict[str, Form] = {}
-    for stack, halves in ((first, len(layer.projections) - 1), ("down", 1)):
+    for stack, form in ragged_forms(layer, widths).items():
         rank = (ranks or {}).get(stack)
-        width = halves * layer.intermediate
-        inner = Ragged(layer.experts, width, rank or layer.hidden, widths=widths, halves=halves)
-        forms[stack] = Latent(layer.experts, width, layer.hidden, rank=rank, inner=inner) if rank else inner
+        if rank:
+            inner = replace(form, hidden=rank)
+            form = Latent(layer.experts, form.width, layer.hidden, rank=rank, inner=inner)
+        forms[stack] = form
     return forms
 
 
 def _offers(layer: ExpertLayer, kept: list[Tensor], first: Tensor, down: Tensor | None) -> LayerOffers:
     """Directions on offer, by their prices; without `down`'s it stays as it is, apart from the channels."""
-    name, halves = ("gate_up" if layer.gated else "up"), len(layer.projections) - 1
+    name, halves = layer.first_stack, len(layer.projections) - 1
     total = sum(len(k) for k in kept)
     widths = tuple(len(k) for k in kept)
     wanted = {name: (halves, first)} | ({} if down is None else {"down": (1, down)})
@@ -146,7 +149,7 @@ class Metrics:
 
     def __init__(self, weights: ExpertWeights, stats: LayerStats, shrinkage: float):
         self.weights, self.stats, self.shrinkage = weights, stats, shrinkage
-        first = "gate_up" if weights.layer.gated else "up"
+        first = weights.layer.first_stack
         self.first = Stack(first, weights.stack(first), stats)
         self.down = Stack("down", weights.stack("down"), stats)
         self.count = stats.count.clamp(min=1).double()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..allocate import LayerOffers, Offer
-from ..experts import CompressedExperts, ExpertWeights
+from ..experts import CompressedExperts, ExpertLayer, ExpertWeights
 from ..forms import Ragged
 from ..plan import LayerPlan
 from ..stats import LayerStats
@@ -45,16 +45,20 @@ def offers(
 
     def plan(bought: list[int]) -> LayerPlan:
         kept = tuple(bought) if widths == "expert" else (bought[0],) * layer.experts
-        first = "gate_up" if layer.gated else "up"
-        shape = (layer.experts, layer.stack_width(first), layer.hidden)
-        forms = {
-            first: Ragged(*shape, widths=kept, halves=len(layer.projections) - 1),
-            "down": Ragged(layer.experts, layer.intermediate, layer.hidden, widths=kept),
-        }
-        return LayerPlan(layer, forms, intercept=constants)
+        return LayerPlan(layer, ragged_forms(layer, kept), intercept=constants)
 
     fixed = layer.bias_count + len(constants) * layer.hidden
     return LayerOffers(layer, fixed, tuple(units), plan, equal=widths == "model")
+
+
+def ragged_forms(layer: ExpertLayer, widths: tuple[int, ...]) -> dict[str, Ragged]:
+    """The forms of a layer whose experts kept `widths` channels each."""
+    halves = len(layer.projections) - 1
+    first = Ragged(layer.experts, halves * layer.intermediate, layer.hidden, widths=widths, halves=halves)
+    return {
+        layer.first_stack: first,
+        "down": Ragged(layer.experts, layer.intermediate, layer.hidden, widths=widths),
+    }
 
 
 def importance(weights: ExpertWeights, stats: LayerStats, shrinkage: float = 0.0) -> Tensor:
@@ -94,7 +98,7 @@ def factorise(
         cut.append(whole.index_copy(0, channels, rows.double()))
         if layer.biased:
             biases.append(kept_biases(weights, expert, channels, layer.intermediate))
-    first_name = "gate_up" if layer.gated else "up"
+    first_name = layer.first_stack
     tensors = {f"{first_name}_weight": torch.cat(first_rows), "down_weight": torch.cat(down_rows)}
     if layer.biased:
         tensors |= {"first_bias": torch.stack(biases), "down_bias": weights.down_bias}

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..allocate import LayerOffers, Offer
 from ..experts import CompressedExperts, ExpertWeights
-from ..forms import Dense, Ragged
+from ..forms import Dense
 from ..plan import LayerPlan
 from ..stats import LayerStats
 from .base import Method, options_of
+from .channels import ragged_forms
 
 
 def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: bool = False) -> LayerOffers:
@@ -42,13 +43,8 @@ def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: b
             }
             return LayerPlan(layer, forms, kept=kept)
         widths = tuple(layer.intermediate if e in kept else 0 for e in range(layer.experts))
-        first = "gate_up" if layer.gated else "up"
-        halves = len(layer.projections) - 1
-        forms = {
-            first: Ragged(layer.experts, layer.stack_width(first), layer.hidden, widths=widths, halves=halves),
-            "down": Ragged(layer.experts, layer.intermediate, layer.hidden, widths=widths),
-        }
-        return LayerPlan(layer, forms, intercept=tuple(e for e in range(layer.experts) if e not in kept))
+        dropped = tuple(e for e in range(layer.experts) if e not in kept)
+        return LayerPlan(layer, ragged_forms(layer, widths), intercept=dropped)
 
     return LayerOffers(layer, fixed, (unit,), plan, equal=True)
 

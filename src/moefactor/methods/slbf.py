@@ -77,10 +77,7 @@ def factorise(
     rate = rate or RATES[solver]
     # The paper's ratio of rates: bases at 0.1 to 0.36 of that of A and α.
     rates = [rate, rate, rate] if solver == "varpro" else [0.2 * rate, 0.2 * rate, rate]
-    private = None
-    if solver == "adam":
-        private = u[:, :, : form.rank]
-        private = private if m == form.experts else None
+    private = u[:, :, : form.rank] if solver == "adam" and m == form.experts else None
     solution = solve(
         problem, bases, [left, right, logits], solver=solver, steps=steps or STEPS[solver], rates=rates,
         private=private, private_rate=rate, weight_decay=0.02 if solver == "adam" else 0.0, tolerance=tolerance,

@@ -29,7 +29,7 @@ class FactorisedExperts(nn.Module):
         shapes = {f"{stack}_{name}": s for stack, form in plan.forms.items() for name, s in form.shapes().items()}
         indices = {f"{stack}_{name}" for stack, form in plan.forms.items() for name in form.integers()}
         if self.layer.biased:
-            first = "gate_up" if self.layer.gated else "up"
+            first = self.layer.first_stack
             shapes["first_bias"] = (self.layer.experts, self.layer.stack_width(first))
             shapes["down_bias"] = (self.layer.experts, self.layer.hidden)
         self.intercept_ids = list(plan.intercept)
