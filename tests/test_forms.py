@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,11 +79,21 @@ def ragged(draw: st.DrawFn, experts: int, channels: int, hidden: int) -> Ragged:
 
 
 @st.composite
+def ragged_mixtures(draw: st.DrawFn, experts: int, channels: int, hidden: int) -> BasisMixture:
+    uneven = draw(ragged(experts, channels, hidden))
+    whole = draw(mixtures(experts, uneven.width, hidden))
+    return replace(whole, widths=uneven.widths, halves=uneven.halves)
+
+
+@st.composite
 def forms(draw: st.DrawFn) -> Form:
     sizes = experts, width, hidden = tuple(draw(st.integers(1, most)) for most in (6, 20, 20))
-    kind = draw(st.sampled_from(["dense", "shared", "shared", "mixture", "base", "ragged", "private"]))
+    kinds = ["dense", "shared", "shared", "mixture", "ragged mixture", "base", "ragged", "private"]
+    kind = draw(st.sampled_from(kinds))
     if kind == "mixture":
         return draw(mixtures(*sizes))
+    if kind == "ragged mixture":
+        return draw(ragged_mixtures(*sizes))
     if kind == "base":
         return draw(bases_and_deltas(*sizes))
     if kind == "ragged":
@@ -121,7 +133,7 @@ def reads(form: Form) -> bool:
 
 def writes(form: Form) -> bool:
     """Whether it serves down."""
-    return form.writes if isinstance(form, BasePlusDelta) else not (isinstance(form, Ragged) and form.halves == 2)
+    return form.writes if isinstance(form, BasePlusDelta) else getattr(form, "halves", 1) == 1
 
 
 def random_routing(form: Form, tokens: int, top_k: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -185,6 +197,48 @@ def test_applying_in_bfloat16_is_near_the_loop(form: Form, tokens: int, seed: in
     check_against_the_loop(form, factors, x, *random_routing(form, tokens, 2, seed), 0.05)
 
 
+@QUICK
+@given(form=forms(), seed=st.integers(0, 99))
+def test_gradients_are_those_of_the_loop(form: Form, seed: int) -> None:
+    """Of every factor and of what is multiplied: refining and healing train through read and write."""
+    ids, weights = random_routing(form, 6, 2, seed)
+    routing, generator = Routing(ids, weights, form.experts), torch.Generator().manual_seed(seed)
+    tokens = torch.randn(6, form.hidden, generator=generator)
+    pairs = torch.randn(12, form.width, generator=generator)
+    coefficients = torch.randn(12, form.width, generator=generator), torch.randn(6, form.hidden, generator=generator)
+    factors = random_factors(form)
+    names = [name for name, tensor in factors.items() if tensor.is_floating_point()]
+
+    def gradients(through: Callable[[Factors, Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (*(factors[name] for name in names), tokens, pairs)]
+        given = factors | dict(zip(names, leaves[:-2], strict=True))
+        unused = sum(leaf.sum() * 0 for leaf in leaves)  # of experts that no token has
+        return torch.autograd.grad(through(given, *leaves[-2:]) + unused, leaves)
+
+    def applied(given: Factors, x: Tensor, h: Tensor) -> Tensor:
+        total = torch.zeros(())
+        if reads(form):  # rows of skipped pairs hold whatever; the loop leaves them out
+            total = total + (form.read(given, x, routing) * coefficients[0])[routing.weight > 0].sum()
+        if writes(form):
+            total = total + (form.write_combined(given, h, routing) * coefficients[1]).sum()
+        return total
+
+    def by_loop(given: Factors, x: Tensor, h: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for row, pair in enumerate(routing.order.tolist()):
+            token, slot = divmod(pair, 2)
+            if ids[token, slot] < form.experts:
+                dense = form.dense(given, int(ids[token, slot]))
+                if reads(form):
+                    total = total + (dense @ x[token]) @ coefficients[0][row]
+                if writes(form):
+                    total = total + weights[token, slot] * (h[row] @ dense) @ coefficients[1][token]
+        return total
+
+    for found, expected in zip(gradients(applied), gradients(by_loop), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5 * (1 + float(expected.norm())), rtol=0)
+
+
 @pytest.mark.parametrize(
     "form",
     [
@@ -193,6 +247,9 @@ def test_applying_in_bfloat16_is_near_the_loop(form: Form, tokens: int, seed: in
         SparseResidual(3, 4, 5, inner=low_rank(3, 4, 5, (2, 2, 2)), groups=((0, 2), (1,)), sizes=(7, 3), seed=1),
         BasisMixture(3, 4, 5, bases=2, rank=3),
         BasisMixture(3, 4, 5, bases=2, rank=3, basis_rank=2),
+        BasisMixture(3, 4, 5, bases=2, rank=3, widths=(2, 0, 4)),
+        BasisMixture(3, 4, 5, bases=2, rank=3, widths=(1, 0, 2), halves=2),
+        BasisMixture(3, 4, 5, bases=2, rank=3, widths=(0, 0, 0)),
         BasePlusDelta(3, 4, 5, low_rank(3, 4, 5, (1, 2, 2)), 3, writes=False, dynamic=0.4),
         BasePlusDelta(3, 4, 5, low_rank(3, 4, 5, (1, 2, 2)), 3, writes=True, dynamic=0.4),
         SharedPrivate(3, 4, 5, rank=2),
@@ -301,6 +358,18 @@ def test_packed_bases_are_the_products(sizes: tuple[int, ...], data: st.DataObje
             torch.testing.assert_close(rebuilt, product, atol=1e-9 * float(1 + product.abs().max()), rtol=0)
 
 
+def private_by_hand(form: BasisMixture, private: Tensor, expert: int) -> Tensor:
+    """(width, r) A_e; of ragged experts the rows stored, gate's at the head of the first half, up's of the second."""
+    if not form.widths:
+        return private[expert].T
+    kept, full = form.widths[expert], torch.zeros(form.width, form.rank)
+    start = form.halves * sum(form.widths[:expert])
+    for half in range(form.halves):
+        for channel in range(kept):
+            full[half * (form.width // form.halves) + channel] = private[start + half * kept + channel]
+    return full
+
+
 @QUICK
 @given(form=forms().filter(lambda form: isinstance(form, BasisMixture)))
 def test_a_mixture_is_the_papers_formula(form: BasisMixture) -> None:
@@ -319,7 +388,7 @@ def test_a_mixture_is_the_papers_formula(form: BasisMixture) -> None:
             else:
                 basis = factors["basis"][group, j]
             mixed += factors["mix"][expert, j] * basis
-        expected = factors["private"][expert].T @ ACTIVATIONS[form.activation](mixed)
+        expected = private_by_hand(form, factors["private"], expert) @ ACTIVATIONS[form.activation](mixed)
         torch.testing.assert_close(form.dense(factors, expert), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -365,12 +434,20 @@ MIXTURE = {"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu",
         ({"form": "ragged", "widths": [1, 2, 9]}, "width 9 of expert 2 must be from 0 to 4"),
         ({"form": "ragged", "widths": [1, 2, -1]}, "width -1 of expert 2"),
         ({"form": "ragged", "widths": 3}, "missing or of the wrong type"),
+        ({"form": "ragged", "widths": [1, 1, 1], "halves": 0}, "halves 0"),
+        ({"form": "ragged", "widths": [1, 1, 1], "halves": 3}, "halves 3"),
         ({"form": "shared_private", "rank": 0}, "rank 0 does not fit"),
         ({"form": "shared_private"}, "'rank' is missing"),
         (MIXTURE | {"bases": 4}, "bases 4"),
         (MIXTURE | {"groups": 2}, "2 equal"),
         (MIXTURE | {"activation": "relu"}, "relu"),
         (MIXTURE | {"basis_rank": 3}, "basis_rank 3"),
+        (MIXTURE | {"widths": [1, 2]}, "2 widths for 3 experts"),
+        (MIXTURE | {"widths": [1, 2, 5]}, "width 5 of expert 2 must be from 0 to 4"),
+        (MIXTURE | {"widths": [1, 2, 3], "halves": 2}, "width 3 of expert 2 must be from 0 to 2"),
+        (MIXTURE | {"widths": [1, 2, 0.5]}, "width 0.5 of expert 2"),
+        (MIXTURE | {"widths": 2}, "missing or of the wrong type"),
+        (MIXTURE | {"widths": [1, 1, 1], "halves": 0}, "halves 0"),
         ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 9, "writes": True, "dynamic": 0}, "'kept'"),
         ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 2, "writes": True, "dynamic": 1}, "'dynamic'"),
     ],

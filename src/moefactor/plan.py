@@ -95,7 +95,7 @@ class LayerPlan:
             )
             for name, form in stacks.items()
         }  # fmt: skip
-        if len({form.widths for form in forms.values() if isinstance(form, Ragged)}) > 1:
+        if len({form.kept_widths for form in forms.values()} - {None}) > 1:
             raise UserError(
                 f"{layer.name}: 'widths' must be the same in every stack: a channel is kept in all or in none."
             )
@@ -115,6 +115,7 @@ class Plan:
         ratio: fraction of the routed experts' parameters to remove, or None for a plan without a budget.
         seed: of everything random.
         layers: one entry a layer, in the model's order.
+        expected_loss: the rise of the loss that the method expects, in nats a token, or None if it can't say.
     """
 
     model: str
@@ -123,6 +124,7 @@ class Plan:
     seed: int
     layers: tuple[LayerPlan, ...]
     options: dict = field(default_factory=dict)
+    expected_loss: float | None = None
 
     @property
     def original_count(self) -> int:
@@ -148,13 +150,15 @@ class Plan:
             "ratio": self.ratio,
             "seed": self.seed,
             "expert_parameters": {"before": self.original_count, "after": self.parameter_count()},
+            "expected_loss": self.expected_loss,
             "layers": [entry.to_json() for entry in self.layers],
         }
 
     def digest(self) -> str:
         """SHA-256 of what decides the result; editing white space or the counts does not change it."""
         data = self.to_json()
-        data.pop("model"), data.pop("expert_parameters")
+        for told in ("model", "expert_parameters", "expected_loss"):
+            data.pop(told)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def dumps(self) -> str:
@@ -196,6 +200,7 @@ class Plan:
         plan = cls(
             model=data["model"], method=data["method"], options=data.get("options", {}), ratio=data["ratio"],
             seed=data["seed"], layers=tuple(LayerPlan.from_json(entries[layer.name], layer) for layer in layers),
+            expected_loss=data.get("expected_loss"),
         )  # fmt: skip
         plan.check_budget()
         return plan

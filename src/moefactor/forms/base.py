@@ -45,14 +45,24 @@ class Routing:
         ends = self.offsets.tolist()
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
+    @cached_property
+    def _places(self) -> Tensor:
+        """(pairs,) where each pair of the tokens' order lies in the experts' order."""
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(places), device=places.device)
+        return places
+
+    def split(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        """Each expert's rows. All at once: a slice apiece would cost a backward pass as many gradients of the whole."""
+        return pairs.split([end - start for start, end in self.bounds])
+
     def combine(self, pairs: Tensor) -> Tensor:
         """Σ over a token's experts of weight · row: (pairs, H) -> (tokens, H).
 
         Reshape and sum rather than index_add_: deterministic on CUDA, float32 accumulation in bfloat16.
         """
         weighted = pairs * self.weight.unsqueeze(-1).to(pairs.dtype)
-        by_token = torch.empty_like(weighted)
-        by_token[self.order] = weighted
+        by_token = weighted.index_select(0, self._places)
         return by_token.view(self.tokens, self.top_k, pairs.shape[-1]).sum(dim=1)
 
 
@@ -86,6 +96,9 @@ def _grouped_mm_allows(matrices: Tensor) -> bool:
     if matrices.device.type != "meta" and matrices.data_ptr() % 16:
         return False
     align = _alignment(matrices.dtype)
+    # The backward pass multiplies by what is laid out along the other axis, whose gradients nobody pads.
+    if torch.is_grad_enabled() and any(size % align for size in matrices.shape[1:]):
+        return False
     strides = matrices.stride()
     return strides[1:].count(1) == 1 and all(s % align == 0 for s in strides if s != 1)
 
@@ -99,12 +112,10 @@ def _aligned(rows: Tensor) -> Tensor:
 
 
 def _loop(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    parts, start = [], 0
-    for index, end in enumerate(offsets.tolist()):
-        if end > start:
-            parts.append(rows[start:end] @ matrices[index])
-        start = end
-    return torch.cat(parts) if parts else rows.new_zeros(0, matrices.shape[-1])
+    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    # Split and unbound rather than indexed: each index would cost a backward pass a gradient of the whole.
+    pieces = zip(rows.split(sizes), matrices.unbind(), strict=True)
+    return torch.cat([piece @ matrix for piece, matrix in pieces])
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,11 @@ class Form(ABC):
     def integers(self) -> frozenset[str]:
         """Names of the tensors that hold indices (int32); the others have the checkpoint's dtype."""
         return frozenset()
+
+    @property
+    def kept_widths(self) -> tuple[int, ...] | None:
+        """Channels that each expert kept; None where all have all of theirs."""
+        return None
 
     @abstractmethod
     def dense(self, factors: Factors, expert: int) -> Tensor:

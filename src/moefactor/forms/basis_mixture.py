@@ -1,18 +1,21 @@
 """BasisMixture: W_e = A_eᵀ · f(Σ_j α_ej B_j), bases shared, mixing weights and A_e private.
 
-MoBE (arXiv 2508.05257) with full bases, SLBF with bases of low rank, B_j = U_j V_j.
+MoBE (arXiv 2508.05257) with full bases, SLBF with bases of low rank, B_j = U_j V_j, biaxial with experts that kept
+their own number of channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError, unknown
 from .base import Factors, Form, Routing, grouped_linear
+from .ragged import Ragged
 
 ACTIVATIONS = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "identity": lambda x: x}
 REBUILT_AT_ONCE = 8  # experts' bases in memory together
@@ -20,7 +23,7 @@ REBUILT_AT_ONCE = 8  # experts' bases in memory together
 
 @dataclass(frozen=True)
 class BasisMixture(Form):
-    """`private` (E, r, width), `mix` (E, m), and the bases.
+    """`private` (E, r, width), or for ragged experts (halves · Σ widths, r); `mix` (E, m); and the bases.
 
     Full bases: `basis` (G, m, r, H). Of rank k, gauge-fixed: `basis_pivots` (G, m, k) int32, the rows in which U_j is
     the identity; `basis_left` (G, m, r−k, k), its other rows in order; `basis_right` (G, m, k, H).
@@ -31,6 +34,7 @@ class BasisMixture(Form):
         activation: f, a name of ACTIVATIONS.
         groups: G runs of E/G consecutive experts, each with bases of its own.
         basis_rank: k, or 0 for full bases.
+        widths, halves: as in Ragged, for experts of uneven widths; () for whole ones.
     """
 
     bases: int
@@ -38,10 +42,24 @@ class BasisMixture(Form):
     activation: str = "silu"
     groups: int = 1
     basis_rank: int = 0
+    widths: tuple[int, ...] = ()
+    halves: int = 1
+
+    @cached_property
+    def _ragged(self) -> Ragged | None:
+        """How `private` is stored where widths are uneven: experts of hidden size r."""
+        if not self.widths:
+            return None
+        return Ragged(self.experts, self.width, self.rank, widths=self.widths, halves=self.halves)
+
+    @property
+    def kept_widths(self) -> tuple[int, ...] | None:
+        return self.widths or None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         each, k = (self.groups, self.bases), self.basis_rank
-        shapes = {"private": (self.experts, self.rank, self.width), "mix": (self.experts, self.bases)}
+        private = self._ragged.shapes()["weight"] if self._ragged else (self.experts, self.rank, self.width)
+        shapes = {"private": private, "mix": (self.experts, self.bases)}
         if not k:
             return {**shapes, "basis": (*each, self.rank, self.hidden)}
         return {
@@ -75,20 +93,29 @@ class BasisMixture(Form):
         return full.scatter(1, _others(pivots, self.rank).unsqueeze(2).expand_as(rest), rest)
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
-        return factors["private"][expert].T @ self.expert_bases(factors, [expert])[0]
+        basis = self.expert_bases(factors, [expert])[0]
+        if self._ragged:
+            return self._ragged.dense({"weight": factors["private"]}, expert) @ basis
+        return factors["private"][expert].T @ basis
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
         parts = []
         for experts, window, offsets in self._hit(routing):
             basis = self.expert_bases(factors, experts)
-            latent = grouped_linear(tokens[routing.token[window]], basis.transpose(1, 2), offsets)
-            parts.append(grouped_linear(latent, factors["private"][experts], offsets))
-        return torch.cat(parts) if parts else tokens.new_zeros(0, self.width)
+            latent = grouped_linear(tokens.index_select(0, routing.token[window]), basis.transpose(1, 2), offsets)
+            parts.append(latent if self._ragged else grouped_linear(latent, factors["private"][experts], offsets))
+        rows = torch.cat(parts) if parts else tokens.new_zeros(0, self.rank if self._ragged else self.width)
+        return self._ragged.read_rows({"weight": factors["private"]}, rows, routing) if self._ragged else rows
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
+        latents = self._ragged.write({"weight": factors["private"]}, activations, routing) if self._ragged else None
         parts = []
         for experts, window, offsets in self._hit(routing):
-            latent = grouped_linear(activations[window], factors["private"][experts].transpose(1, 2), offsets)
+            if latents is None:
+                private = factors["private"][experts].transpose(1, 2)
+                latent = grouped_linear(activations[window], private, offsets)
+            else:
+                latent = latents[window]
             parts.append(grouped_linear(latent, self.expert_bases(factors, experts), offsets))
         return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
 
@@ -105,10 +132,11 @@ class BasisMixture(Form):
             yield [e for e, *_ in run], slice(start, run[-1][2]), ends
 
     def to_json(self) -> dict:
-        return {
+        data = {
             "form": "basis_mixture", "bases": self.bases, "rank": self.rank, "activation": self.activation,
             "groups": self.groups, "basis_rank": self.basis_rank,
         }  # fmt: skip
+        return {**data, "widths": list(self.widths), "halves": self.halves} if self.widths else data
 
     @classmethod
     def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> BasisMixture:
@@ -116,8 +144,11 @@ class BasisMixture(Form):
             raise UserError(f"{where}: {unknown('activation', data['activation'], ACTIVATIONS)}")
         form = cls(
             experts, width, hidden, bases=data["bases"], rank=data["rank"], activation=data["activation"],
-            groups=data["groups"], basis_rank=data["basis_rank"],
+            groups=data["groups"], basis_rank=data["basis_rank"], widths=tuple(data.get("widths", ())),
+            halves=data.get("halves", 1),
         )  # fmt: skip
+        if form.widths:
+            Ragged.from_json(data, experts=experts, width=width, hidden=hidden, where=where)
         _within(where, "groups", form.groups, 1, experts)
         if experts % form.groups:
             raise UserError(f"{where}: {experts} experts can't be cut into {form.groups} equal groups.")

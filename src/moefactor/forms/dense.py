@@ -20,7 +20,7 @@ class Dense(Form):
         return factors["weight"][expert]
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        return grouped_linear(tokens[routing.token], factors["weight"].transpose(1, 2), routing.offsets)
+        return grouped_linear(tokens.index_select(0, routing.token), factors["weight"].transpose(1, 2), routing.offsets)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         return grouped_linear(activations, factors["weight"], routing.offsets)

@@ -21,6 +21,10 @@ class Latent(Form):
     rank: int
     inner: Form
 
+    @property
+    def kept_widths(self) -> tuple[int, ...] | None:
+        return self.inner.kept_widths
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"basis": (self.rank, self.hidden), **self.inner.shapes()}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,12 +30,14 @@ class Ragged(Form):
         """I, the channels of an uncut expert."""
         return self.width // self.halves
 
-    @cached_property
-    def _rows(self) -> list[slice]:
-        ends = [0]
-        for width in self.widths:
-            ends.append(ends[-1] + self.halves * width)
-        return [slice(a, b) for a, b in pairwise(ends)]
+    @property
+    def kept_widths(self) -> tuple[int, ...]:
+        return self.widths
+
+    def _experts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """(halves · w_e, H) of each expert. All at once: a slice apiece would cost a backward pass as many gradients
+        of the whole."""
+        return weight.split([self.halves * width for width in self.widths])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"weight": (self.halves * sum(self.widths), self.hidden)}
@@ -48,23 +48,25 @@ class Ragged(Form):
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
         """Channels that are gone are zero, and those that are left come first."""
-        rows = factors["weight"][self._rows[expert]]
+        rows = self._experts(factors["weight"])[expert]
         full = rows.new_zeros(self.halves, self.channels, self.hidden)
         full[:, : self.widths[expert]] = rows.view(self.halves, -1, self.hidden)
         return full.flatten(0, 1)
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
+        return self.read_rows(factors, tokens.index_select(0, routing.token), routing)
+
+    def read_rows(self, factors: Factors, rows: Tensor, routing: Routing) -> Tensor:
+        """`read` of rows that differ from expert to expert already: (pairs, H) -> (pairs, width)."""
         weight, common = factors["weight"], self._common
-        rows = tokens[routing.token]
         if common:
             matrices = weight.view(self.experts, self.halves * common, self.hidden).transpose(1, 2)
             return self._widen(grouped_linear(rows, matrices, routing.offsets), common)
         parts = []
-        for expert, (start, end) in enumerate(routing.bounds):
-            if end > start:
-                out = rows[start:end].to(weight.dtype) @ weight[self._rows[expert]].T
-                parts.append(self._widen(out, self.widths[expert]))
-        return torch.cat(parts) if parts else tokens.new_zeros(0, self.width)
+        for expert, (own, matrix) in enumerate(zip(routing.split(rows), self._experts(weight), strict=True)):
+            if len(own):
+                parts.append(self._widen(own.to(weight.dtype) @ matrix.T, self.widths[expert]))
+        return torch.cat(parts) if parts else rows.new_zeros(0, self.width)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         weight, common = factors["weight"], self._common
@@ -72,10 +74,9 @@ class Ragged(Form):
             matrices = weight.view(self.experts, common, self.hidden)
             return grouped_linear(activations[:, :common], matrices, routing.offsets)
         parts = []
-        for expert, (start, end) in enumerate(routing.bounds):
-            if end > start:
-                width = self.widths[expert]
-                parts.append(activations[start:end, :width].to(weight.dtype) @ weight[self._rows[expert]])
+        for own, matrix in zip(routing.split(activations), self._experts(weight), strict=True):
+            if len(own):
+                parts.append(own[:, : len(matrix)].to(weight.dtype) @ matrix)
         return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
 
     @property
@@ -93,7 +94,10 @@ class Ragged(Form):
 
     @classmethod
     def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> Ragged:
-        form = cls(experts, width, hidden, widths=tuple(data["widths"]), halves=data.get("halves", 1))
+        halves = data.get("halves", 1)
+        if halves not in (1, 2) or width % halves:
+            raise UserError(f"{where}: halves {halves!r} does not fit; it is 2 for gate and up together, else 1.")
+        form = cls(experts, width, hidden, widths=tuple(data["widths"]), halves=halves)
         if len(form.widths) != experts:
             raise UserError(f"{where}: {len(form.widths)} widths for {experts} experts.")
         for expert, kept in enumerate(form.widths):

@@ -26,7 +26,8 @@ class SharedPrivate(Form):
         return factors["private"].T @ factors["basis"][expert]
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        latent = grouped_linear(tokens[routing.token], factors["basis"].transpose(1, 2), routing.offsets)
+        rows = tokens.index_select(0, routing.token)
+        latent = grouped_linear(rows, factors["basis"].transpose(1, 2), routing.offsets)
         return latent @ factors["private"]
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
