@@ -46,35 +46,52 @@ def random_weights(layer: ExpertLayer = LAYERS["gated"], *, seed: int = 0) -> Ex
     return ExpertWeights(layer, up=matrices(), down=matrices().transpose(1, 2), gate=gate, **biases)
 
 
-def routed_tokens(
-    weights: ExpertWeights, *, tokens: int = 400, seed: int = 1
-) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """(expert, x, h, y, g) of every expert in use: correlated inputs, uneven routing, expert UNUSED left out."""
-    layer = weights.layer
+def routed(layer: ExpertLayer, *, tokens: int = 400, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, index, g) of a layer's tokens: correlated inputs, uneven routing to two experts, expert UNUSED left out."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(layer.hidden, layer.hidden, generator=generator)
     x = torch.randn(tokens, layer.hidden, generator=generator) @ mixing
     logits = x[:, : layer.experts] + torch.linspace(3, 0, layer.experts)
     logits[:, UNUSED] = -torch.inf
     g, chosen = logits.softmax(-1).topk(2)
-    seen = []
+    return x, chosen, g
+
+
+def routed_tokens(
+    weights: ExpertWeights, *, tokens: int = 400, seed: int = 1
+) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """(expert, x, h, y, g) of every expert in use."""
+    layer, seen = weights.layer, []
+    x, chosen, g = routed(layer, tokens=tokens, seed=seed)
     for expert in range(layer.experts):
         token, slot = (chosen == expert).nonzero(as_tuple=True)
         rows = x[token]
         if len(rows):
-            up = rows @ weights.up[expert].T
-            h = silu(rows @ weights.gate[expert].T) * up if layer.gated else silu(up)
+            h = activation(layer, rows @ weights.stack(layer.first_stack)[expert].T)
             seen.append((expert, rows, h, h @ weights.down[expert].T, g[token, slot]))
     return seen
 
 
+def activation(layer: ExpertLayer, before: Tensor) -> Tensor:
+    """(n, 2I or I), gate then up, biases added -> (n, I)."""
+    if not layer.gated:
+        return silu(before)
+    gate, up = before.chunk(2, dim=1)
+    return silu(gate) * up
+
+
 def random_stats(weights: ExpertWeights, **how: int) -> LayerStats:
-    """Every statistic there is; gradients, which no loss stands behind here, are random."""
-    stats = LayerStats.zeros(weights.layer, STATISTICS)
+    """Every statistic there is; gradients at the outputs, which no loss stands behind here, are random."""
+    layer = weights.layer
+    stats = LayerStats.zeros(layer, STATISTICS)
     generator = torch.Generator().manual_seed(2)
     for expert, x, h, y, g in routed_tokens(weights, **how):
         stats.add(expert, x, h, y, g)
-        stats.add_gradient(expert, g[:, None] * torch.randn(y.shape, generator=generator))
+        gradient = g[:, None] * torch.randn(y.shape, generator=generator)
+        stats.add_gradient(expert, gradient)
+        before = (x @ weights.stack(layer.first_stack)[expert].T).requires_grad_()
+        out = activation(layer, before) @ weights.down[expert].T
+        stats.add_first_gradient(expert, torch.autograd.grad(out, before, gradient)[0])
         stats.fisher[expert] += len(g) * torch.rand(stats.fisher[expert].shape, generator=generator)
     return stats
 

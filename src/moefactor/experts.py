@@ -194,22 +194,22 @@ class CompressedExperts:
     def parameter_count(self) -> int:
         return sum(t.numel() for t in self.tensors.values())
 
+    def stack(self, name: str) -> Tensor:
+        """(E, width, H): the matrices that a stack's factors stand for."""
+        form, factors = self.forms[name], self.factors(name)
+        return torch.stack([form.dense(factors, expert) for expert in range(self.layer.experts)])
+
     def dense(self) -> ExpertWeights:
         """The experts that the factors stand for, as an ordinary layer again."""
-
-        def stack(name: str) -> Tensor:
-            form, factors = self.forms[name], self.factors(name)
-            return torch.stack([form.dense(factors, expert) for expert in range(self.layer.experts)])
-
         if "gate_up" in self.forms:
-            gate, up = stack("gate_up").chunk(2, dim=1)
+            gate, up = self.stack("gate_up").chunk(2, dim=1)
         else:
-            gate, up = stack("gate") if "gate" in self.forms else None, stack("up")
+            gate, up = self.stack("gate") if "gate" in self.forms else None, self.stack("up")
         gate_bias, up_bias = None, self.tensors.get("first_bias")
         if self.layer.biased and gate is not None:
             gate_bias, up_bias = up_bias.chunk(2, dim=1)
         return ExpertWeights(
-            self.layer, gate=gate, up=up, down=stack("down").transpose(1, 2),
+            self.layer, gate=gate, up=up, down=self.stack("down").transpose(1, 2),
             gate_bias=gate_bias, up_bias=up_bias, down_bias=self.tensors.get("down_bias"),
         )  # fmt: skip
 

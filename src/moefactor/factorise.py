@@ -17,18 +17,21 @@ from torch import Tensor, nn
 from .calibrate import Calibration, observe
 from .checkpoint import CheckpointWriter
 from .errors import UserError
-from .experts import CompressedExperts, ExpertWeights
+from .experts import ExpertWeights
 from .methods import Method
 from .methods.base import accepted
+from .methods.refine import LayerTokens
 from .plan import LayerPlan, Plan
 from .progress import Progress, Steps, silent
 from .run_folder import Entry, RunFolder
 from .runtime.experts import FactorisedExperts
 from .runtime.format import checkpoint_config, loader_stub, model_card
-from .stats import GRADIENTS, LayerStats, SecondLook
+from .stats import GRADIENTS, LayerStats
 from .streaming import Activations, StreamedModel
 
 STAGE = "factorise"
+# Of a layer, that a second look keeps: enough for every expert, and 2 GB at a hidden size of 7168 in bfloat16.
+MOST_TOKENS = 131_072
 
 
 def factorise(
@@ -114,43 +117,49 @@ class _Job:
         module = self.model.model.get_submodule(layer.name)
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
         look = None
-        if self.method.refit is not None and not module.has_post_expert_norm:
-            look = partial(self.second_look, index, module, weights, activations)
+        if self.method.refit is not None:
+            look = partial(self.tokens, index, module, weights, activations)
         return self.finish(index, weights, stats, look)
 
-    def second_look(
-        self, index: int, module: nn.Module, weights: ExpertWeights, activations: Activations,
-        compressed: CompressedExperts,
-    ) -> SecondLook:  # fmt: skip
-        """Runs the dense layer once more and notes what the compressed first projections make of its tokens."""
-        layer = weights.layer
-        experts = FactorisedExperts.replacing(module, self.plan.layers[index])
-        names = [name for name in ("gate_up", "gate", "up") if name in compressed.forms]
-        dtype = self.model.model.dtype
+    def tokens(
+        self, index: int, module: nn.Module, weights: ExpertWeights, activations: Activations
+    ) -> LayerTokens:  # fmt: skip
+        """Runs the dense layer once more and notes what its experts are given."""
+        calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        every = sum(state.shape[0] * state.shape[1] for state in activations.states)
+        step = -(-every // MOST_TOKENS)
 
-        def rebuilt(name: str, expert: int) -> Tensor:
-            return compressed.forms[name].dense(compressed.factors(name), expert).to(dtype)
+        def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = [*args, *kwargs.values()][:3]
+            calls.append(tuple(part.detach()[::step].clone() for part in given))
 
-        first = [torch.cat([rebuilt(name, e) for name in names]) for e in range(layer.experts)]
-        bias = compressed.tensors.get("first_bias")
-        seen = SecondLook.zeros(layer, self.model.device)
-
-        def watch(expert: int, x: Tensor, h: Tensor, y: Tensor, g: Tensor) -> None:
-            before = x @ first[expert].T
-            if bias is not None:
-                before, y = before + bias[expert], y - weights.down_bias[expert]
-            seen.add(expert, experts._activate(before), y, g)
-
-        module.observer = watch
+        handle = module.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            self.model.run(layer.decoder_layer, activations, keep=False)
+            self.model.run(weights.layer.decoder_layer, activations, keep=False)
         finally:
-            del module.observer
-        return seen
+            handle.remove()
+        experts = FactorisedExperts.replacing(module, self.plan.layers[index])
+
+        def expert(number: int, x: Tensor) -> Tensor:
+            parts = [p[number] for p in (weights.gate, weights.up) if p is not None]
+            before = x @ torch.cat(parts).T
+            if weights.layer.biased:
+                before = before + weights.biases()["first_bias"][number]
+            return experts._activate(before) @ weights.down[number].T
+
+        def compressed(tensors: dict[str, Tensor]) -> nn.Module:
+            built = FactorisedExperts.replacing(module, self.plan.layers[index])
+            copies = {k: v.to(self.model.device, torch.float32, copy=True) if v.is_floating_point() else v
+                      for k, v in tensors.items()}  # fmt: skip
+            built.load_state_dict(copies, assign=True, strict=False)
+            return built
+
+        inputs, chosen, weight = (torch.cat(parts) for parts in zip(*calls, strict=True))
+        return LayerTokens(weights.layer, inputs, chosen, weight, module, expert, experts._activate, compressed)
 
     def finish(
         self, index: int, weights: ExpertWeights, stats: LayerStats | None,
-        look: Callable[[CompressedExperts], SecondLook] | None = None,
+        look: Callable[[], LayerTokens] | None = None,
     ) -> str:  # fmt: skip
         """Factorises one layer, writes it, enters it in the journal; returns a line for the progress bar."""
         started = time.perf_counter()
@@ -159,7 +168,9 @@ class _Job:
         compressed = self.method.factorise(weights, stats, layer_plan, seed=self.plan.seed + index, **options)
         if look is not None:
             options = accepted(self.method.refit, self.plan.options)
-            compressed = self.method.refit(weights, stats, compressed, look(compressed), layer_plan, **options)
+            compressed = self.method.refit(
+                weights, stats, compressed, look(), layer_plan, seed=self.plan.seed + index, **options
+            )
         dtype, prefix = self.model.stored_dtype, layer_plan.layer.name
         sha256 = self.run.write_layer(index, _named(prefix, compressed.tensors, dtype))
         seconds = round(time.perf_counter() - started, 3)

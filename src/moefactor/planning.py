@@ -50,10 +50,12 @@ def make_plan(
     budget = int((1 - ratio) * total)
     if method.planner is not None:
         layers = _Layers(model, run)
-        steps = Steps(progress, "plan", 2 * len(model.experts))
+        steps = Steps(progress, "plan", len(model.experts))
         taken = accepted(method.planner, options)
-        plans = method.planner(layers, budget, multiple=rank_multiple, seed=seed, tick=steps.tick, **taken)
-        return Plan(model.name, method.name, ratio, seed, tuple(plans), options)
+        plans, loss = method.planner(layers, budget, multiple=rank_multiple, seed=seed, tick=steps.tick, **taken)
+        seen = run.calibration() if needs else None
+        expected = loss / (seen["samples"] * seen["seqlen"]) if seen else None
+        return Plan(model.name, method.name, ratio, seed, tuple(plans), options, expected)
     steps = Steps(progress, "plan", len(model.experts))
     offers: list[LayerOffers] = []
     for index, layer in enumerate(model.experts):

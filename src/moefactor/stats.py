@@ -136,30 +136,6 @@ class LayerStats:
         return _with_ridge(pooled / total)
 
 
-@dataclass
-class SecondLook:
-    """What a layer's experts would do with their tokens once their first projections are compressed.
-
-    cross: (E, I, H) Σ g² h' yᵀ, y the dense expert's output without bias.  moment: (E, I, I) Σ g² h' h'ᵀ.
-    """
-
-    cross: Tensor
-    moment: Tensor
-
-    @classmethod
-    def zeros(cls, layer: ExpertLayer, device: torch.device | str = "cpu") -> SecondLook:
-        shape = (layer.experts, layer.intermediate)
-        return cls(
-            torch.zeros(*shape, layer.hidden, device=device), torch.zeros(*shape, layer.intermediate, device=device)
-        )
-
-    def add(self, expert: int, h: Tensor, y: Tensor, g: Tensor) -> None:
-        """h (n, I) compressed, y (n, H), g (n,)."""
-        scaled = h.float() * g.float().unsqueeze(1)
-        self.cross[expert].addmm_(scaled.T, y.float() * g.float().unsqueeze(1))
-        self.moment[expert].addmm_(scaled.T, scaled)
-
-
 def _with_ridge(moment: Tensor) -> Tensor:
     mean = moment.diagonal().mean().clamp(min=1e-12)
     return moment + 1e-6 * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)

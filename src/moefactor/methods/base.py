@@ -34,10 +34,10 @@ class Method:
         plan_needs, factorise_needs: options -> the statistics that each stage reads (names of stats.STATISTICS).
         allocation: the rule of allocate.RULES that spends the budget unless the user names another.
         planner: for a method whose choices in one layer change the prices in it, instead of `offers`:
-            (layers, budget, *, multiple, seed, tick, **options) -> LayerPlan of each; `layers` yields (weights, stats)
-            and may be gone through several times.
-        refit: (weights, compressed, seen, plan, **options) -> CompressedExperts, after a second look at the layer's
-            tokens with the compressed first projections (methods/second_look.py).
+            (layers, budget, *, multiple, seed, tick, **options) -> LayerPlan of each, and the rise of the loss they
+            are expected to cost, summed over the calibration tokens; `layers` yields (weights, stats or None).
+        refit: (weights, stats, compressed, tokens, plan, *, seed, **options) -> CompressedExperts, a second look at
+            the layer with the tokens themselves (refine.LayerTokens), where there are any.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Method:
     plan_needs: Callable[[dict], set[str]]
     factorise_needs: Callable[[dict], set[str]]
     allocation: str = "uniform"
-    planner: Callable[..., list[LayerPlan]] | None = None
+    planner: Callable[..., tuple[list[LayerPlan], float]] | None = None
     refit: Callable[..., CompressedExperts] | None = None
 
     def needs_to_plan(self, options: dict, allocation: str | None) -> set[str]:

@@ -1,309 +1,163 @@
 """biaxial: the budget spent on both axes of an expert, in one currency, the estimated rise of the model's loss.
 
-Along the *intermediate* axis, private to an expert, channels are removed; along the *hidden* axis, which experts share,
-a basis is kept. Every candidate has a price in the same unit:
+Along the *intermediate* axis, private to an expert, channels are taken out; along the *hidden* axis, which experts
+share, bases are kept. What a channel or a direction costs is the loss's second-order rise (metrics.py); how much to
+spend on which, over all layers, is a search over tables of candidates (biaxial_plan.py). Two forms:
 
-- channel k of expert e: ½·Σ_t h_k²·(d_kᵀ G_e d_k), as in channels.py;
-- hidden direction of gate and up: the eigenvalues of ½·C^{1/2} (Σ_e n_e W_eᵀ diag(s_e) W_e) C^{1/2}, C the inputs'
-  second moment, s_e the mean squared loss gradient at each pre-activation;
-- hidden direction of down: the eigenvalues of ½·G^{1/2} (Σ_e n_e D_e E[h hᵀ] D_eᵀ) G^{1/2}, G the second moment of the
-  loss gradient at the experts' outputs.
+- `fast`: one linear basis a layer and projection. Nothing is rebuilt at run time.
+- `tight`: where it pays, a mixture of bases, Ŵ_e = A_e · silu(Σ_j α_ej B_j), gate and up behind one; α is free. The
+  lowest loss; bases are rebuilt at run time.
 
-How many channels go first changes the directions' prices and costs, so the plan is the best of a grid over that share,
-channels alone among them. Then closed-form fits: A_e by weighted least squares for its own inputs, and down against
-the true output of the expert, from the compressed expert's own activations.
+Then, on the layer's own tokens: down against the true output of each expert from the compressed expert's activations
+(closed form), and `refine_steps` steps of Adam on all of the layer's factors against the dense layer's output, in the
+norm of the loss gradient there. Nothing else of the model moves, and held-out tokens decide what is kept.
+
+`data_free` reads no text: relative errors of the weights stand for the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..allocate import LayerOffers, Offer, spend
 from ..errors import UserError
-from ..experts import CompressedExperts, ExpertLayer, ExpertWeights
-from ..forms import Form, Latent
-from ..linalg import weighted_error, weighted_least_squares
+from ..experts import CompressedExperts, ExpertWeights
+from ..forms import BasisMixture, Latent
+from ..linalg import weighted_least_squares
 from ..plan import LayerPlan
-from ..stats import LayerStats, SecondLook
-from .base import Method, Stack, options_of
-from .channels import importance, kept_biases, ragged_forms, refitted_down
+from ..stats import LayerStats
+from .base import Method, options_of
+from .biaxial_plan import FormName, fit_mixture, mixture_problem, plan_layers, ragged_of
+from .channels import kept_biases
+from .metrics import Cut, Metrics, relative_first_error, solve_down
+from .mixture import mixed
+from .refine import LayerTokens, refine
 
-# Shares of all channels that are removed before bases are bought.
-GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-RIDGE = 1e-2
+NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient"})
 
 
 def planner(
-    layers: Iterable[tuple[ExpertWeights, LayerStats]], budget: int, *, multiple: int, seed: int,
-    tick: Callable[[], None], channel_share: float = -1.0,
-) -> list[LayerPlan]:  # fmt: skip
-    """The cheapest of the grid's plans by estimated loss.
-
-    Prices are of the moments as they are: drawn to the identity (see factorise) they would make every direction dear
-    and channels, whose prices sum to the same, look cheap beside them.
+    layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, multiple: int, seed: int,
+    tick: Callable[[], None], form: FormName = "fast", shrinkage: float = 0.5, doubt: float = 0.1,
+    channel_share: float = -1.0, data_free: bool = False,
+) -> tuple[list[LayerPlan], float]:  # fmt: skip
+    """The cheapest plan by estimated loss, and that loss summed over the calibration tokens.
 
     Args:
-        channel_share: share of the channels to remove; negative: the best of the grid.
+        doubt: weight of the unseen when the budget is spent (Metrics.prior); see factorise for `shrinkage`.
+        channel_share: share of every layer's channels to take out; negative: the best of a grid, layer by layer.
     """
-    scores = []
-    for weights, stats in layers:
-        scores.append(importance(weights, stats).cpu())
-        tick()
-    shares = GRID if channel_share < 0 else (channel_share,)
-    grid = [(share, with_down) for share in shares for with_down in (True, False)]
-    cuts = {share: _widths(scores, share) for share in shares}
-    offers: dict[tuple[float, bool], list[LayerOffers]] = {choice: [] for choice in grid}
-    for index, (weights, stats) in enumerate(layers):
-        metrics = Metrics(weights, stats, 0.0)
-        for share, widths in cuts.items():
-            kept = [s.topk(w).indices.sort().values for s, w in zip(scores[index], widths[index], strict=True)]
-            first, down = metrics.first_prices(kept)[0], metrics.down_prices(kept)[0]
-            for with_down in (True, False):
-                offers[share, with_down].append(_offers(weights.layer, kept, first, down if with_down else None))
-        tick()
-    candidates = []
-    for share, with_down in grid:
-        removed = _price_of_removed(scores, cuts[share])
-        try:
-            units = spend(offers[share, with_down], budget, "loss", multiple=multiple)
-        except UserError:
-            continue
-        tails = sum(
-            float(offer.gains[n:].sum())
-            for layer, bought in zip(offers[share, with_down], units, strict=True)
-            for offer, n in zip(layer.offers, bought, strict=True)
-        )
-        plans = [layer.plan(bought) for layer, bought in zip(offers[share, with_down], units, strict=True)]
-        candidates.append((removed + tails, plans))
-    if channel_share < 0:
-        candidates.append(_channels_alone([layer.layer for layer in offers[grid[0]]], scores, budget))
-    if not candidates:
-        raise UserError("biaxial: this ratio can't be reached with that share of channels; leave channel_share out.")
-    return min(candidates, key=lambda candidate: candidate[0])[1]
-
-
-def _widths(scores: list[Tensor], share: float) -> list[list[int]]:
-    """Channels that each expert keeps when the cheapest `share` of all channels goes."""
-    every = torch.cat([s.flatten() for s in scores])
-    gone = round(share * len(every))
-    threshold = every.sort().values[gone - 1] if gone else torch.tensor(-1.0, dtype=every.dtype)
-    return [[int((row > threshold).sum()) for row in s] for s in scores]
-
-
-def _price_of_removed(scores: list[Tensor], widths: list[list[int]]) -> float:
-    """Σ of the prices of the channels beyond each expert's width, its cheapest."""
-    return sum(
-        float(s.sort(descending=True).values[w:].sum())
-        for layer_scores, layer_widths in zip(scores, widths, strict=True)
-        for s, w in zip(layer_scores, layer_widths, strict=True)
-    )
-
-
-def _channels_alone(layers: list[ExpertLayer], scores: list[Tensor], budget: int) -> tuple[float, list[LayerPlan]]:
-    """No bases: the dense channels that the budget pays for."""
-    price = len(layers[0].projections) * layers[0].hidden
-    every = sum(s.numel() for s in scores)
-    share = 1 - (budget - sum(layer.bias_count for layer in layers)) / (every * price)
-    widths = _widths(scores, min(1.0, share + 1 / every))
-    return _price_of_removed(scores, widths), [
-        LayerPlan(layer, _ragged(layer, tuple(w))) for layer, w in zip(layers, widths, strict=True)
-    ]
-
-
-def _ragged(layer: ExpertLayer, widths: tuple[int, ...], ranks: dict[str, int] | None = None) -> dict[str, Form]:
-    """The forms of channels that are left; a stack named in `ranks` lives behind a basis of that rank."""
-    forms: dict[str, Form] = {}
-    for stack, form in ragged_forms(layer, widths).items():
-        rank = (ranks or {}).get(stack)
-        if rank:
-            inner = replace(form, hidden=rank)
-            form = Latent(layer.experts, form.width, layer.hidden, rank=rank, inner=inner)
-        forms[stack] = form
-    return forms
-
-
-def _offers(layer: ExpertLayer, kept: list[Tensor], first: Tensor, down: Tensor | None) -> LayerOffers:
-    """Directions on offer, by their prices; without `down`'s it stays as it is, apart from the channels."""
-    name, halves = layer.first_stack, len(layer.projections) - 1
-    total = sum(len(k) for k in kept)
-    widths = tuple(len(k) for k in kept)
-    wanted = {name: (halves, first)} | ({} if down is None else {"down": (1, down)})
-    offers = tuple(
-        Offer(stack, h * total + layer.hidden, layer.hidden, h * total * layer.hidden, gains=prices.cpu())
-        for stack, (h, prices) in wanted.items()
-    )
-
-    def plan(ranks: list[int]) -> LayerPlan:
-        return LayerPlan(layer, _ragged(layer, widths, dict(zip(wanted, ranks, strict=True))))
-
-    fixed = layer.bias_count + (total * layer.hidden if down is None else 0)
-    return LayerOffers(layer, fixed, offers, plan)
-
-
-class Metrics:
-    """A layer's moments, shrunk, and the directions they single out."""
-
-    def __init__(self, weights: ExpertWeights, stats: LayerStats, shrinkage: float):
-        self.weights, self.stats, self.shrinkage = weights, stats, shrinkage
-        first = weights.layer.first_stack
-        self.first = Stack(first, weights.stack(first), stats)
-        self.down = Stack("down", weights.stack("down"), stats)
-        self.count = stats.count.clamp(min=1).double()
-
-    def shrunk(self, moment: Tensor) -> Tensor:
-        mean = moment.diagonal().mean()
-        return (1 - self.shrinkage) * moment + self.shrinkage * mean * torch.eye(len(moment)).to(moment)
-
-    def rows(self, expert: int, channels: Tensor) -> Tensor:
-        """Which rows of the first stack belong to some channels: gate's, then up's."""
-        if not self.weights.layer.gated:
-            return channels
-        return torch.cat((channels, channels + self.weights.layer.intermediate))
-
-    def sensitivity(self, expert: int) -> Tensor:
-        """(2I or I,) s_e·n_e, drawn to its mean."""
-        total = self.stats.first_gradient[expert].double()
-        return (1 - self.shrinkage) * total + self.shrinkage * total.mean()
-
-    def first_prices(self, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Prices (H,), falling, of gate and up's directions, and the directions (H, H) as rows, C^{1/2} undone."""
-        gram = 0.0
-        for expert, channels in enumerate(kept):
-            rows = self.rows(expert, channels)
-            w = self.first.weights[expert][rows].double()
-            gram = gram + w.T @ (self.sensitivity(expert)[rows].unsqueeze(1) * w)
-        root, inverse = _roots(self.shrunk(self.first.layer_moment))
-        values, vectors = torch.linalg.eigh(0.5 * root @ gram @ root)
-        return values.flip(0).clamp(min=0), vectors.flip(1).T @ inverse
-
-    def down_prices(self, kept: list[Tensor], refitted: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The same of down, whose directions are G^{1/2}'s on the way in and undone on the way out."""
-        gradient = self.stats.output_gradient.sum(0).double() / self.count.sum()
-        root, inverse = _roots(self.shrunk(gradient))
-        gram = 0.0
-        for expert, channels in enumerate(kept):
-            d = self.down.weights[expert][channels].double() if refitted is None else refitted[expert]
-            moment = self.down.moment(expert)[channels][:, channels]
-            if len(channels):
-                gram = gram + self.count[expert] * d.T @ self.shrunk(moment) @ d
-        values, vectors = torch.linalg.eigh(0.5 * root @ gram @ root)
-        # D ≈ D·(G^{1/2} v)(v G^{-1/2}): project with root, rebuild with inverse.
-        return values.flip(0).clamp(min=0), (vectors.flip(1).T @ inverse, root @ vectors.flip(1))
-
-
-def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    values, axes = torch.linalg.eigh(moment)
-    half = values.clamp(min=1e-8 * float(values[-1]) + 1e-30).sqrt()
-    return axes * half @ axes.T, axes / half @ axes.T
+    seen = ((weights, None if data_free else stats) for weights, stats in layers)
+    return plan_layers(
+        seen, budget, form=form, multiple=multiple, seed=seed, fit_prior=_fraction("shrinkage", shrinkage),
+        plan_prior=_fraction("doubt", doubt), channel_share=channel_share, tick=tick,
+    )  # fmt: skip
 
 
 def factorise(
-    weights: ExpertWeights, stats: LayerStats, plan: LayerPlan, *, seed: int, shrinkage: float = 0.25
-) -> CompressedExperts:
-    """The first projections for good, and down as far as moments of the dense activations take it.
+    weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, shrinkage: float = 0.5,
+    steps: int = 600, data_free: bool = False,
+) -> CompressedExperts:  # fmt: skip
+    """The layer from its statistics alone.
 
-    `shrinkage`: how far moments are drawn to a multiple of the identity, 0 to 1. Text unlike what the model will read
-    wants more.
+    Args:
+        shrinkage: weight of the unseen in the fits, 0 to 1 (Metrics.prior). Text unlike what the model will read
+            wants more.
+        steps: of the solver of mixtures.
     """
-    if not 0 <= shrinkage <= 1:
-        raise UserError(f"biaxial: shrinkage must be from 0 to 1, found {shrinkage}.")
     layer = weights.layer
-    metrics = Metrics(weights, stats, shrinkage)
-    kept = kept_channels(weights, stats, plan, shrinkage)
-    first = metrics.first.name
-    tensors: dict[str, Tensor] = {}
-    form = plan.forms[first]
-    rows = [metrics.first.weights[e][metrics.rows(e, k)].double() for e, k in enumerate(kept)]
+    cut = _cut(weights, None if data_free else stats, plan, shrinkage)
+    name = layer.first_stack
+    form = plan.forms[name]
+    rows, tensors, curves = cut.first_rows(), {}, {}
+    rebuilt = rows
     if isinstance(form, Latent):
-        basis = metrics.first_prices(kept)[1][: form.rank]
-        moments = (metrics.shrunk(metrics.first.moment(e)) for e in range(layer.experts))
-        rows = [weighted_least_squares(w, basis, c) for w, c in zip(rows, moments, strict=True)]
-        tensors[f"{first}_basis"] = basis
-    tensors[f"{first}_weight"] = torch.cat(rows)
-    down = [refitted_down(metrics.down, e, k, refit=True, centred=False)[0].double() for e, k in enumerate(kept)]
-    tensors |= _down_tensors(metrics, plan, kept, down)
+        basis = cut.first_directions()[1][: form.rank]
+        rows = [weighted_least_squares(w, basis, cut.metrics.input(e)) for e, w in enumerate(rows)]
+        rebuilt = [a @ basis for a in rows]
+        tensors[f"{name}_basis"] = basis
+    elif isinstance(form, BasisMixture):
+        solution, experts = fit_mixture(mixture_problem(cut, "first"), form.bases, form.rank, steps, seed)
+        tensors[f"{name}_basis"], tensors[f"{name}_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
+        rebuilt = [experts[e][: len(w)].double() for e, w in enumerate(rows)]
+        rows = [solution.private[e][: len(w)] for e, w in enumerate(rows)]
+        curves[name] = solution.curve
+    tensors[_private(form, name)] = torch.cat(rows)
+    down_form = plan.forms["down"]
+    if isinstance(down_form, BasisMixture):
+        solution, _ = fit_mixture(mixture_problem(cut, "down"), down_form.bases, down_form.rank, steps, seed)
+        tensors["down_basis"], tensors["down_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
+        curves["down"] = solution.curve
+    tensors |= _down_tensors(cut, plan, tensors)
     if layer.biased:
-        biases = [kept_biases(weights, e, k, layer.intermediate) for e, k in enumerate(kept)]
+        biases = [kept_biases(weights, e, k, layer.intermediate) for e, k in enumerate(cut.kept)]
         tensors |= {"first_bias": torch.stack(biases), "down_bias": weights.down_bias}
-    return CompressedExperts(layer, dict(plan.forms), tensors, _errors(metrics, plan, kept, tensors))
+    errors = {name: relative_first_error(cut, rebuilt)}
+    return CompressedExperts(layer, dict(plan.forms), tensors, errors, curves)
 
 
 def refit(
-    weights: ExpertWeights, stats: LayerStats, compressed: CompressedExperts, seen: SecondLook, plan: LayerPlan, *,
-    shrinkage: float = 0.25,
+    weights: ExpertWeights, stats: LayerStats, compressed: CompressedExperts, tokens: LayerTokens, plan: LayerPlan, *,
+    seed: int, shrinkage: float = 0.5, refine_steps: int = 150,
 ) -> CompressedExperts:  # fmt: skip
-    """Down again: D_e ← argmin Σ g²‖y − D h'‖² + ridge‖D − D_e‖², y what the dense expert gives and h' what the
-    compressed one has, then its directions."""
-    metrics = Metrics(weights, stats, shrinkage)
-    kept = kept_channels(weights, stats, plan, shrinkage)
-    down = []
-    for expert, channels in enumerate(kept):
-        width = len(channels)
-        original = metrics.down.weights[expert][channels].double()  # (w, H)
-        moment = seen.moment[expert][:width, :width].double()
-        cross = seen.cross[expert][:width].double()  # (w, H)
-        if width and stats.count[expert] > 0:
-            ridge = RIDGE * (1 + 64 / float(stats.count[expert])) * moment.diagonal().mean() + 1e-30
-            moment = moment + ridge * torch.eye(width, dtype=moment.dtype, device=moment.device)
-            original = torch.linalg.solve(moment, cross + ridge * original)
-        down.append(original)
-    tensors = compressed.tensors | _down_tensors(metrics, plan, kept, down)
-    return CompressedExperts(weights.layer, dict(plan.forms), tensors, compressed.errors)
+    """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py."""
+    cut = _cut(weights, stats, plan, shrinkage)
+    first = compressed.stack(cut.metrics.first.name)
+    for expert, (moment, cross) in enumerate(tokens.down_moments(first, compressed.tensors.get("first_bias"))):
+        k = len(cut.kept[expert])
+        if k and stats.count[expert] > 0:
+            original = cut.metrics.down.weights[expert][cut.kept[expert]].double()
+            cut.down[expert] = solve_down(moment[:k, :k], cross[:k], original, float(stats.count[expert]))
+    tensors = compressed.tensors | _down_tensors(cut, plan, compressed.tensors)
+    compressed = CompressedExperts(weights.layer, dict(plan.forms), tensors, compressed.errors, compressed.curves)
+    if not refine_steps:
+        return compressed
+    return refine(compressed, tokens, cut.metrics.pooled_output(), steps=refine_steps, seed=seed)
 
 
-def kept_channels(weights: ExpertWeights, stats: LayerStats, plan: LayerPlan, shrinkage: float) -> list[Tensor]:
-    form = plan.forms["down"]
-    widths = (form.inner if isinstance(form, Latent) else form).widths
-    scores = importance(weights, stats, shrinkage)
-    return [s.topk(w).indices.sort().values for s, w in zip(scores, widths, strict=True)]
+def _cut(weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, shrinkage: float) -> Cut:
+    metrics = Metrics(weights, stats, _fraction("shrinkage", shrinkage))
+    return Cut.of(metrics, metrics.prices(), list(ragged_of(plan.forms["down"]).widths))
 
 
-def _down_tensors(metrics: Metrics, plan: LayerPlan, kept: list[Tensor], down: list[Tensor]) -> dict[str, Tensor]:
-    """down: (w, H) of each expert -> what the form stores."""
-    form = plan.forms["down"]
-    if not isinstance(form, Latent):
-        return {"down_weight": torch.cat(down)}
-    basis, inward = metrics.down_prices(kept, down)[1]
-    rows = [d @ inward[:, : form.rank] for d in down]
-    return {"down_basis": basis[: form.rank], "down_weight": torch.cat(rows)}
+def _private(form: object, stack: str) -> str:
+    return f"{stack}_private" if isinstance(form, BasisMixture) else f"{stack}_weight"
 
 
-def _errors(metrics: Metrics, plan: LayerPlan, kept: list[Tensor], tensors: dict[str, Tensor]) -> dict[str, float]:
-    """Of the first projections, in the norm of their inputs, channels that went counted as lost."""
-    first, lost, total = metrics.first, 0.0, 0.0
-    result = CompressedExperts(metrics.weights.layer, dict(plan.forms), tensors)
-    form, factors = plan.forms[first.name], result.factors(first.name)
-    for expert, channels in enumerate(kept):
-        original = first.weights[expert].double()
-        rows = metrics.rows(expert, channels)
-        places = metrics.rows(expert, torch.arange(len(channels), device=rows.device))
-        rebuilt = torch.zeros_like(original)
-        rebuilt[rows] = form.dense(factors, expert).double()[places]
-        moment = first.moment(expert)
-        difference = original - rebuilt
-        lost += float(weighted_error(difference, moment))
-        total += float(weighted_error(original, moment))
-    return {first.name: lost / total if total else 0.0}
+def _down_tensors(cut: Cut, plan: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What down's form stores for the cut's rows; of a mixture `tensors` has the bases already."""
+    form, rows = plan.forms["down"], cut.down
+    if isinstance(form, Latent):
+        _, basis, inward = cut.down_directions()
+        return {"down_basis": basis[: form.rank], "down_weight": torch.cat([d @ inward[:, : form.rank] for d in rows])}
+    if isinstance(form, BasisMixture):
+        bases = mixed(tensors["down_mix"], tensors["down_basis"][0], form.activation).double()
+        rows = [
+            weighted_least_squares(d, bases[e], cut.metrics.output(e)) if len(d) else d.new_zeros(0, form.rank)
+            for e, d in enumerate(rows)
+        ]
+        rows = [row.to(tensors["down_basis"].dtype) for row in rows]
+    return {_private(form, "down"): torch.cat(rows)}
+
+
+def _fraction(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise UserError(f"biaxial: {name} must be from 0 to 1, found {value}.")
+    return value
 
 
 METHOD = Method(
     "biaxial",
-    "channels removed and one shared basis a projection, priced in the model's loss; refitted",
+    "channels taken out and bases shared, priced in the model's loss; refined layer by layer",
     "moefactor's own",
     __doc__,
     None,
     factorise,
-    options_of(planner, factorise),
-    plan_needs=lambda options: {
-        "input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient",
-    },
-    factorise_needs=lambda options: {
-        "input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient",
-    },
+    options_of(planner, factorise, refit),
+    plan_needs=lambda options: set() if options["data_free"] else set(NEEDS),
+    factorise_needs=lambda options: set() if options["data_free"] else set(NEEDS),
     planner=planner,
     refit=refit,
-)  # fmt: skip
+)

@@ -28,13 +28,16 @@ class Problem:
     """What is to be approximated.
 
     weights: (E, width, H) float32.
-    right: (E, H, H) C_e, or None for the identity.  left: (E, width, width) L_e, or None.
+    right: (E, H, H) C_e, or None for the identity.
+    left: (E, width, width) L_e, or (E, width) its diagonal, or None.
+    level: what the weights were divided by, for the caller to remember.
     """
 
     weights: Tensor
     activation: str
     right: Tensor | None = None
     left: Tensor | None = None
+    level: float = 1.0
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,6 +48,7 @@ class Problem:
         metric = bases.transpose(1, 2) if self.right is None else self.right @ bases.transpose(1, 2)  # (E, H, r)
         normal = bases @ metric
         ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
+        ridge = ridge.clamp(min=1e-30)
         normal = normal + torch.diag_embed(ridge.unsqueeze(1).expand(-1, normal.shape[1]))
         factor = torch.linalg.cholesky_ex(normal).L
         return torch.cholesky_solve((self.weights @ metric).transpose(1, 2), factor).transpose(1, 2)
@@ -55,8 +59,13 @@ class Problem:
 
     def _energy(self, rows: Tensor) -> Tensor:
         other = rows if self.right is None else rows @ self.right
-        weighted = rows if self.left is None else self.left @ rows
-        return (weighted * other).sum()
+        return (self.weighted(rows) * other).sum()
+
+    def weighted(self, rows: Tensor) -> Tensor:
+        """L_e · rows."""
+        if self.left is None:
+            return rows
+        return self.left.unsqueeze(-1) * rows if self.left.ndim == 2 else self.left @ rows
 
 
 @dataclass
@@ -117,7 +126,7 @@ def _cosine(progress: float) -> float:
 
 
 def group_starts(problem: Problem, bases: int, rank: int) -> Tensor:
-    """(m, r, H): the top right singular vectors of m runs of consecutive experts, in the metric of their inputs.
+    """(m, r, H): the top right singular vectors of m runs of consecutive experts, in the metrics.
 
     Rows are scaled to 0.35·√H for silu and tanh (0.7 and 0.2 ended worse on the reference model), √H for identity.
     """
@@ -126,7 +135,7 @@ def group_starts(problem: Problem, bases: int, rank: int) -> Tensor:
     found = []
     for run in runs:
         rows = problem.weights[run].double()
-        gram = torch.einsum("eih,eik->hk", rows, rows)
+        gram = torch.einsum("eih,eik->hk", problem.weighted(problem.weights)[run].double(), rows)
         if problem.right is None:
             vectors = torch.linalg.eigh(gram).eigenvectors
         else:
