@@ -37,8 +37,9 @@ PROMPT = "The company said it"
 ROWS = {
     "plain SVD": ("svd", {}),
     "RFID-MoE": ("rfid", {}),
+    "biaxial": ("biaxial", {}),
 }
-SHOWN = "RFID-MoE"  # the row that goes on with PROMPT
+SHOWN = "biaxial"  # the row that goes on with PROMPT
 
 # Long prose in their docstrings, and there in every Python since 3.10, on every system.
 MODULES = (

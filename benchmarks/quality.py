@@ -1,12 +1,15 @@
 """What each method costs in perplexity at equal, measured parameter counts.
 
-    python benchmarks/quality.py                            every method, 20/40/60 %, three calibration texts
-    python benchmarks/quality.py --ratios 0.4 --rows rfid,svd
+    python benchmarks/quality.py                            every method, 20 to 60 %, three calibration texts
+    python benchmarks/quality.py --ratios 0.4 --rows rfid svd
     python benchmarks/quality.py --table ablation           the parts of RFID, each off in turn
     python benchmarks/quality.py --table options            options of the peers
+    python benchmarks/quality.py --table parts              the parts of biaxial, each off in turn
+    python benchmarks/quality.py --model results/second-moe --output results/second.json
 
 Perplexities on the first 96 windows of 256 tokens of each text, and their geometric mean as a multiple of the dense
-model's. Prints a table as it goes and writes JSON (default results/quality.json); rows already there are not run again.
+model's; beside it what the plan expected, where the method foretells it. Prints a table as it goes and writes JSON
+(default results/quality.json); rows already there are not run again.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ CALIBRATIONS = {
     "like": "calibration-proportional.txt",
     "unlike": "calibration-mix.txt",
     "wikitext2": "wikitext2/valid.txt",
+    "own": "self",  # written by the model
+    "wikitext2+own": "wikitext2/valid.txt,self",
 }
 THREE = {"projections": "gate,up,down"}
 
@@ -51,10 +56,12 @@ METHODS = {
     "d2moe, frequency base": ("d2moe", {"base": "frequency"}),
     "reap": ("reap", {}),
     "channels": ("channels", {}),
-    "biaxial": ("biaxial", {}),
+    "biaxial, fast": ("biaxial", {"form": "fast"}),
+    "biaxial, tight": ("biaxial", {"form": "tight"}),
+    "biaxial, tight, data-free": ("biaxial", {"form": "tight", "data_free": True}),
 }
 # Measured once: no calibration text has a part in them.
-DATA_FREE = ("svd", "shared_basis, plain", "mobe, three projections", "slbf")
+DATA_FREE = ("svd", "shared_basis, plain", "mobe, three projections", "slbf", "biaxial, tight, data-free")
 ABLATION = {
     "rfid, as in the paper": ("rfid", {}),
     "no residual": ("rfid", {"residual": 0}),
@@ -80,7 +87,16 @@ OPTIONS = {
     "d2moe, shared u": ("d2moe", {"base": "frequency", "shared": "u"}),
     "d2moe, a quarter of the base pruned": ("d2moe", {"base": "frequency", "base_pruning": 0.25}),
 }
-TABLES = {"methods": METHODS, "ablation": ABLATION, "options": OPTIONS}
+PARTS = {
+    "tight": ("biaxial", {"form": "tight"}),
+    "not refined": ("biaxial", {"form": "tight", "refine_steps": 0}),
+    "no shrinkage": ("biaxial", {"form": "tight", "shrinkage": 0}),
+    "no doubt": ("biaxial", {"form": "tight", "doubt": 0}),
+    "no channels out": ("biaxial", {"form": "tight", "channel_share": 0}),
+    "fast": ("biaxial", {"form": "fast"}),
+    "fast, not refined": ("biaxial", {"form": "fast", "refine_steps": 0}),
+}
+TABLES = {"methods": METHODS, "ablation": ABLATION, "options": OPTIONS, "parts": PARTS}
 
 
 def measure(model: Path | str, data: Path) -> dict:
@@ -92,11 +108,18 @@ def measure(model: Path | str, data: Path) -> dict:
     return {**asdict(result), "model": None, "perplexity": perplexity, "mean": result.mean_perplexity}
 
 
-def run_row(method: str, options: dict, ratio: float, calibration: Path, samples: int, data: Path) -> dict:
+def calibration_of(text: str, data: Path) -> str:
+    source = CALIBRATIONS[text]
+    return source if source == "self" else str(data / source)
+
+
+def run_row(
+    model: Path, method: str, options: dict, ratio: float, calibration: str, samples: int, data: Path
+) -> dict:  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         out = moefactor.compress(
-            str(MODEL), method, ratio, Path(folder) / "out", calibration=str(calibration), samples=samples,
+            str(model), method, ratio, Path(folder) / "out", calibration=calibration, samples=samples,
             seqlen=256, **options,
         )  # fmt: skip
         seconds = time.perf_counter() - started
@@ -106,24 +129,25 @@ def run_row(method: str, options: dict, ratio: float, calibration: Path, samples
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--table", choices=TABLES, default="methods")
-    parser.add_argument("--rows", help="comma-separated, default all; a row matches by its beginning")
-    parser.add_argument("--ratios", default="0.2,0.4,0.6")
-    parser.add_argument("--calibrations", default=",".join(CALIBRATIONS))
+    parser.add_argument("--rows", nargs="+", help="default all; a row matches by its beginning")
+    parser.add_argument("--ratios", default="0.2,0.3,0.4,0.5,0.6")
+    parser.add_argument("--calibrations", default="like,unlike,wikitext2")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--output", type=Path, default=Path("results/quality.json"))
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if "dense" not in results:
-        results["dense"] = measure(MODEL, arguments.data)
+        results["dense"] = measure(arguments.model, arguments.data)
     dense = results["dense"]
     rows = TABLES[arguments.table]
     if arguments.rows:
-        rows = {n: r for n, r in rows.items() if n.startswith(tuple(arguments.rows.split(",")))}
+        rows = {n: r for n, r in rows.items() if n.startswith(tuple(arguments.rows))}
     first = arguments.calibrations.split(",")[0]
     header = f"{'':38}{'ratio':>6}{'text':>10}{'kept':>9}" + "".join(f"{t:>10}" for t in TEXTS)
-    print(header + f"{'× dense':>9}{'seconds':>9}")
+    print(header + f"{'× dense':>9}{'planned':>9}{'seconds':>9}")
     print(f"{'dense':38}{'':25}" + "".join(f"{p:10.2f}" for p in dense["perplexity"].values()) + f"{1:9.3f}")
     for label, (method, options) in rows.items():
         for ratio in map(float, arguments.ratios.split(",")):
@@ -134,8 +158,10 @@ def main() -> None:
                 key = f"{arguments.table}/{label}/{ratio}/{shown}"
                 if key not in results:
                     try:
-                        calibration = arguments.data / CALIBRATIONS[text]
-                        results[key] = run_row(method, options, ratio, calibration, arguments.samples, arguments.data)
+                        calibration = calibration_of(text, arguments.data)
+                        results[key] = run_row(
+                            arguments.model, method, options, ratio, calibration, arguments.samples, arguments.data
+                        )
                     except moefactor.UserError as error:
                         results[key] = {"error": str(error)}
                     arguments.output.write_text(json.dumps(results, indent=1))
@@ -149,7 +175,8 @@ def line(label: str, ratio: float, text: str, row: dict, dense: dict) -> str:
     kept = row["expert_parameters"] / dense["expert_parameters"]
     values = "".join(f"{p:10.2f}" for p in row["perplexity"].values())
     multiple = math.exp(math.log(row["mean"]) - math.log(dense["mean"]))
-    return f"{start}{kept:9.4f}{values}{multiple:9.3f}{row['seconds']:9.1f}"
+    planned = "" if row.get("expected_loss") is None else f"{math.exp(row['expected_loss']):.3f}"
+    return f"{start}{kept:9.4f}{values}{multiple:9.3f}{planned:>9}{row['seconds']:9.1f}"
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def test_the_commands_there_are() -> None:
         "evaluate",
         "generate",
         "export",
+        "heal",
     } <= set(COMMANDS)
 
 
@@ -95,6 +96,7 @@ def test_inspect_counts(source: Path, ok: Callable) -> None:
 
 STAGES = {
     "svd": [],
+    "biaxial": ["--refine-steps", 2, "--channel-share", 0.2],
     "rfid": ["--group-size", 2],
     "whitened_svd": [],
     "shared_basis": ["--groups", 2, "--no-joint"],
@@ -212,7 +214,7 @@ def test_the_library_does_what_the_command_does(source: Path, text_file: Path, o
     options = {"calibration": str(text_file), "samples": 4, "seqlen": 16}
     moefactor.compress(str(source), "rfid", 0.4, tmp_path / "library", group_size=2, residual=0, **options)
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    ok("compress", source, "-o", tmp_path / "command", "--group-size", 2, "--residual=0", *flags)
+    ok("compress", source, "-o", tmp_path / "command", "-m", "rfid", "--group-size", 2, "--residual=0", *flags)
     library, line = on_disk(tmp_path / "library"), on_disk(tmp_path / "command")
     assert library.keys() == line.keys()
     assert all(torch.equal(tensor, line[name]) for name, tensor in library.items())

@@ -23,6 +23,7 @@ VERBS = {
     "export",
     "compress",
     "compare",
+    "heal",
     "report",
 }
 DOORS = {"checkpoint", "discover", "streaming", "text", "run_folder", "runtime", "cli", "fp8", "models"}

@@ -10,7 +10,9 @@ from .compress import compress
 from .errors import UserError
 from .evaluate import evaluate
 from .export import export_dense
+from .heal import heal
 from .inspect import inspect
 from .methods import METHODS
 
-__all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate", "export_dense", "inspect"]
+__all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate", "export_dense", "heal",
+           "inspect"]  # fmt: skip

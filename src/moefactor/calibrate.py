@@ -15,9 +15,10 @@ from .progress import Progress, Steps, silent
 from .run_folder import RunFolder
 from .stats import GRADIENTS, STATISTICS, LayerStats
 from .streaming import Activations, StreamedModel, Tick
-from .text import load_tokenizer, model_length, read_text, sample_windows, tokenise
+from .text import load_tokenizer, model_length, read_text, sample_windows, sources, tokenise, write_windows
 
 STAGE = "calibrate"
+BUILT_IN = "pydoc_data.topics"  # the text that every Python has
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,21 @@ class Calibration:
         """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from a text by `seed`.
 
         Args:
-            source: file, folder or dataset; None for the text every Python has.
+            source: file, folder or dataset; None for the text every Python has; `self` for text that the model writes,
+                and `NAME,self` for half of each.
             batch_size: windows run at a time.
         """
         length = model_length(model.config, seqlen)
-        ids = tokenise(load_tokenizer(model.folder), read_text(source))
-        source = source or "pydoc_data.topics"
-        chosen = sample_windows(ids, length, samples, seed, source)
+        read, own = sources(source)
+        written = (samples - samples // 2 if read else samples) if own else 0
+        parts, tokenizer = [], load_tokenizer(model.folder)
+        if written < samples:
+            ids = tokenise(tokenizer, read_text(read))
+            parts.append(sample_windows(ids, length, samples - written, seed, read or BUILT_IN))
+        if written:
+            parts.append(write_windows(model.name, tokenizer, written, length, seed, model.device))
+        source = source or BUILT_IN
+        chosen = torch.cat(parts)
         digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
         description = {"source": source, "samples": len(chosen), "seqlen": length, "seed": seed, "sha256": digest}
         return cls(list(chosen.split(batch_size)), description)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -30,6 +31,8 @@ from .export import export_dense
 from .factorise import factorise as factorise_verb
 from .factorise import write_checkpoint
 from .generate import generate as generate_verb
+from .heal import Healing
+from .heal import heal as heal_verb
 from .inspect import inspect as inspect_verb
 from .methods import METHODS, get
 from .plan import Plan
@@ -58,8 +61,9 @@ Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Fraction of the exp
 Text = Annotated[
     str | None,
     typer.Option(
-        help="Text file, folder, or a dataset: wikitext2, c4, ptb, or a hub name. Default: Python's own language "
-        "reference, which needs no network; text like what the model will read does better.",
+        help="Text file, folder, or a dataset: wikitext2, c4, ptb, or a hub name. 'self': what the model writes; "
+        "'FILE,self': half of each. Default: Python's own language reference, which needs no network; text like what "
+        "the model will read does better.",
         show_default=False,
     ),
 ]
@@ -169,10 +173,13 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, for its o
 
 @app.command(context_settings=METHOD_FLAGS)
 def compress(
-    context: typer.Context, model: Model, output: Output, method: MethodName = "rfid", ratio: Ratio = 0.4,
+    context: typer.Context, model: Model, output: Output, method: MethodName = "biaxial", ratio: Ratio = 0.4,
     calibration: Text = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
     sequential: Sequential = True, allocation: Allocation = None, rank_multiple: RankMultiple = None,
     device: Device = None,
+    heal: Annotated[
+        int, typer.Option(help="Steps of distillation from the dense model afterwards; both must fit in memory.", min=0)
+    ] = 0,
     run: Annotated[
         Path | None, typer.Option(help="Keep the run folder here.", show_default="OUTPUT.run, removed at the end")
     ] = None,
@@ -186,15 +193,15 @@ def compress(
     with Bars() as bars:
         compress_verb(
             model, method, ratio, output, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
-            sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device, run=run,
-            progress=bars, **options,
+            sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device, heal=heal,
+            run=run, progress=bars, **options,
         )  # fmt: skip
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 
 @app.command(context_settings=METHOD_FLAGS)
 def calibrate(
-    context: typer.Context, model: Model, run: Run, method: MethodName = "rfid", calibration: Text = None,
+    context: typer.Context, model: Model, run: Run, method: MethodName = "biaxial", calibration: Text = None,
     samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
     statistics: Annotated[
         str | None,
@@ -214,7 +221,7 @@ def calibrate(
 
 @app.command(context_settings=METHOD_FLAGS)
 def plan(
-    context: typer.Context, model: Model, run: Run, method: MethodName = "rfid", ratio: Ratio = 0.4, seed: Seed = 0,
+    context: typer.Context, model: Model, run: Run, method: MethodName = "biaxial", ratio: Ratio = 0.4, seed: Seed = 0,
     allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks, write nothing.")] = False,
 ) -> None:  # fmt: skip
@@ -252,6 +259,33 @@ def factorise(
         factorise_verb(streamed, made, chosen, folder, calibration=text, sequential=sequential, progress=bars)
     write_checkpoint(streamed, made, folder, output, f"moefactor factorise {model} --run RUN -o {output.name}")
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
+
+
+@app.command()
+def heal(
+    model: Annotated[str, typer.Argument(help="Folder of a compressed model.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help="The dense model that it was made from.", show_default=False)],
+    output: Output, steps: Annotated[int, typer.Option(help="At most; of 4096 tokens each.", min=1)] = 400,
+    calibration: Text = None, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
+) -> None:  # fmt: skip
+    """Train a compressed model's factors to give what the dense model gives. Resumes; never worse on held-out text."""
+    with Bars() as bars:
+        healed = heal_verb(
+            model, teacher, output, steps=steps, text=calibration, seqlen=seqlen, seed=seed, device=device,
+            progress=bars,
+        )  # fmt: skip
+    console.print(validation_table(healed))
+    console.print(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")
+
+
+def validation_table(healed: Healing) -> Table:
+    """The validation curve, thinned to a dozen rows, the best marked."""
+    table = Table("step", "nats from the dense model, held-out text", "")
+    step = -(-len(healed.validation) // 12)
+    for index, (at, value) in enumerate(healed.validation):
+        if index % step == 0 or at == healed.best_step:
+            table.add_row(str(at), f"{value:.4f}", "★" if at == healed.best_step else "")
+    return table
 
 
 @app.command()
@@ -385,6 +419,9 @@ def evaluation_table(results: list[Evaluation]) -> Table:
         row(f"perplexity, {text}", [r.perplexity[text] for r in results], "{:.3f}".format)
     if len(results[0].perplexity) > 1:
         row("  geometric mean", [r.mean_perplexity for r in results], "{:.3f}".format)
+    if len(results) == 2 and results[1].expected_loss is not None:
+        rise = math.log(results[1].mean_perplexity / results[0].mean_perplexity)
+        table.add_row("rise of the loss, nats a token", "", f"{rise:.4f}", f"{results[1].expected_loss:.4f} planned")
     return table
 
 
@@ -393,6 +430,8 @@ def _plan_table(made: Plan) -> Table:
         f"{made.method}, ratio {made.ratio}: {made.original_count:,} -> {made.parameter_count():,} expert parameters "
         f"({made.achieved_ratio():.4f} removed)"
     )
+    if made.expected_loss is not None:
+        title += f", expected to cost {made.expected_loss:.4f} nats a token"
     table = Table("layer", "stack", "form", "ranks, widths or bases", "kept", title=title, title_justify="left")
     for entry in made.layers:
         for stack, form in entry.forms.items():

@@ -11,6 +11,7 @@ import torch
 from .calibrate import Calibration, calibrate
 from .checkpoint import refuse_existing
 from .factorise import factorise, write_checkpoint
+from .heal import heal as distil
 from .methods import Method, get
 from .plan import Plan
 from .planning import check_ratio, make_plan
@@ -22,7 +23,7 @@ from .streaming import StreamedModel, default_device
 
 def compress(
     model: str,
-    method: str = "rfid",
+    method: str = "biaxial",
     ratio: float = 0.4,
     output: str | Path = "compressed",
     *,
@@ -34,6 +35,7 @@ def compress(
     allocation: str | None = None,
     rank_multiple: int | None = None,
     device: torch.device | str | None = None,
+    heal: int = 0,
     run: str | Path | None = None,
     progress: Progress = silent,
     **options: object,
@@ -45,11 +47,12 @@ def compress(
         method: a name of moefactor.METHODS; `options` are that method's.
         ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
         output: folder to write; it must not exist.
-        calibration: text file, folder or dataset; None for text that every Python has. `samples` windows of `seqlen`
-            tokens are drawn from it by `seed`.
+        calibration: text file, folder or dataset; `self` for text that the model writes, `FILE,self` for half of each;
+            None for text that every Python has. `samples` windows of `seqlen` tokens are drawn from it by `seed`.
         sequential: calibrate each layer on what the factorised layers before it give.
         allocation: `uniform`, `score` or `loss`; None for the method's own.
         device: CUDA when there is one unless said otherwise.
+        heal: steps of distillation from the dense model afterwards, see heal.py; both models must fit in memory.
         run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
             run continues from it when the same call is made again.
 
@@ -67,10 +70,19 @@ def compress(
     if calibration is not None or needs_text(chosen, completed):  # read now: bad text fails before anything is written
         text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
     folder = RunFolder(run or output.with_name(output.name + ".run"))
+    written = folder.folder / "unhealed" if heal else output
+    if written != output:
+        shutil.rmtree(written, ignore_errors=True)  # written again from the journal, which costs nothing
     run_stages(
-        streamed, chosen, completed, ratio, output, folder, text=text, sequential=sequential, allocation=allocation,
+        streamed, chosen, completed, ratio, written, folder, text=text, sequential=sequential, allocation=allocation,
         rank_multiple=rank_multiple, seed=seed, progress=progress,
     )  # fmt: skip
+    if heal:
+        distil(
+            written, model, output, steps=heal, text=calibration, seqlen=seqlen, seed=seed, device=streamed.device,
+            run=folder.folder, progress=progress,
+        )  # fmt: skip
+        shutil.rmtree(written)
     if run is None:
         shutil.rmtree(folder.folder)
     return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ class Evaluation:
     resident_bytes, expert_bytes: of parameters in memory; disk_bytes: of the safetensors files.
     perplexity: text -> exp(mean negative log-likelihood) over non-overlapping windows.
     tokens_per_second: scored in the perplexity passes, prompt processing.
+    expected_loss: of a compressed model whose plan foretold it, the rise of the loss over the dense one's, in nats a
+        token.
     """
 
     model: str
@@ -41,6 +44,7 @@ class Evaluation:
     window: int
     perplexity: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
+    expected_loss: float | None = None
 
     @property
     def mean_perplexity(self) -> float:
@@ -98,7 +102,13 @@ def evaluate(
         window=length,
         perplexity=perplexities,
         tokens_per_second=tokens / seconds if seconds else 0.0,
+        expected_loss=_expected(folder),
     )
+
+
+def _expected(folder: Path) -> float | None:
+    path = folder / "plan.json"
+    return json.loads(path.read_text()).get("expected_loss") if path.is_file() else None
 
 
 @torch.no_grad()

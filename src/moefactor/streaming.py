@@ -127,7 +127,7 @@ class StreamedModel:
         self.config = read_config(self.folder, name)
         source = _quantised_source(self.config, name)
         self.stored_dtype: torch.dtype = self.config.dtype or torch.float32
-        self.dtype = dtype or _compute_dtype(self.stored_dtype, self.device)
+        self.dtype = dtype or compute_dtype(self.stored_dtype, self.device)
         self.model = build_skeleton(self.config, name, self.dtype)
         self.experts: list[ExpertLayer] = find_experts(self.model, name)
         self.decoder_layers = decoder_layers(self.model, self.experts)
@@ -260,7 +260,8 @@ def _share(value: object, other: object) -> object:
     return value
 
 
-def _compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to run in: the stored dtype, or float32 on a CPU that only emulates it."""
     slow = device.type == "cpu" and stored.itemsize < 4 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.float32 if slow else stored
 

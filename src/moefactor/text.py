@@ -1,4 +1,4 @@
-"""Text to calibrate and measure on: files, folders, `datasets` names, or what every Python brings along."""
+"""Text to calibrate and measure on: files, folders, `datasets` names, what every Python brings, or a model's own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from .errors import UserError
+from .runtime.transformers import load
 
 # Name -> (repository, configuration, text column); the splits are train to calibrate on and test to measure on.
 DATASETS = {
@@ -21,6 +22,8 @@ DATASETS = {
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 PIECE = 1 << 16  # characters tokenised at a time
 LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
+OWN = "self"  # the name of the text that the model writes
+WRITTEN_AT_ONCE = 64  # windows
 STREAMED_DOCUMENTS = 20_000  # of c4 and other unbounded sets; more than any calibration reads
 
 
@@ -131,3 +134,35 @@ def sample_windows(ids: Tensor, length: int, samples: int, seed: int, what: str)
     every = windows(ids, length, what)
     chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:samples]
     return every[chosen.sort().values]
+
+
+def sources(name: str | None) -> tuple[str | None, bool]:
+    """`FILE`, `self` or `FILE,self` -> what to read, and whether the model writes (a part of) the text itself."""
+    if name == OWN:
+        return None, True
+    return (name.removesuffix("," + OWN), name.endswith("," + OWN)) if name else (None, False)
+
+
+def write_windows(
+    model_name: str, tokenizer: object, count: int, length: int, seed: int, device: torch.device
+) -> Tensor:  # fmt: skip
+    """(count, length) token ids that the model writes itself, sampled as it would say them (temperature 1).
+
+    The one text that is sure to be of the kind that it was trained on. The whole model must fit on the device.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError(f"{model_name}: its tokenizer has no token that begins a text, so it can't write any.")
+    model = load(model_name, device=device)
+    parts = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for first in range(0, count, WRITTEN_AT_ONCE):
+            prompt = torch.full((min(WRITTEN_AT_ONCE, count - first), 1), start, device=model.device)
+            # No end token: a document that ends goes on with another, where stopping would leave padding.
+            written = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, min_new_tokens=length,
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
+            )  # fmt: skip
+            parts.append(written[:, -length:].cpu())
+    return torch.cat(parts)

@@ -1,0 +1,65 @@
+"""What healing gives back: perplexity of compressed models before and after distillation.
+
+    python benchmarks/healing.py                                   fast form, 40 and 60 %, 2 M tokens, both texts
+    python benchmarks/healing.py --ratios 0.6 --tokens 10000000 --calibrations like
+
+Columns as in quality.py. Prints a table as it goes and writes JSON (default results/healing.json); rows already there
+are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import moefactor
+from quality import CALIBRATIONS, MODEL, ROOT, TEXTS, line, measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--ratios", default="0.4,0.6")
+    parser.add_argument("--calibrations", default="like,unlike")
+    parser.add_argument("--form", default="fast", choices=("fast", "tight"))
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--output", type=Path, default=Path("results/healing.json"))
+    arguments = parser.parse_args()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    if "dense" not in results:
+        results["dense"] = measure(MODEL, arguments.data)
+    print(
+        f"{'':38}{'ratio':>6}{'text':>10}{'kept':>9}" + "".join(f"{t:>10}" for t in TEXTS) + f"{'× dense':>9}{'s':>9}"
+    )
+    for ratio in map(float, arguments.ratios.split(",")):
+        for text in arguments.calibrations.split(","):
+            key = f"{arguments.form}/{ratio}/{text}/{arguments.tokens}"
+            if key not in results:
+                results[key] = run(ratio, arguments.data, text, arguments.form, arguments.tokens)
+                arguments.output.write_text(json.dumps(results, indent=1))
+            for state, row in results[key].items():
+                label = f"{arguments.form}, {state}, {arguments.tokens / 1e6:g} M tokens"
+                print(line(label, ratio, text, row, results["dense"]), flush=True)
+
+
+def run(ratio: float, data: Path, text: str, form: str, tokens: int) -> dict:
+    source = str(data / CALIBRATIONS[text])
+    with tempfile.TemporaryDirectory() as folder:
+        plain, healed = Path(folder) / "plain", Path(folder) / "healed"
+        started = time.perf_counter()
+        moefactor.compress(str(MODEL), "biaxial", ratio, plain, calibration=source, seqlen=256, form=form)
+        middle = time.perf_counter()
+        report = moefactor.heal(plain, str(MODEL), healed, steps=-(-tokens // 4096), text=source, seqlen=256)
+        end = time.perf_counter()
+        return {
+            "unhealed": {"seconds": middle - started, **measure(plain, data)},
+            "healed": {"seconds": end - middle, "validation": report.validation, **measure(healed, data)},
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Heal a compressed model: its factors learn to give what the dense model gives, by distillation of whole outputs.
+
+Minimises KL(dense ‖ compressed) of the next-token distributions. Trained are the routed experts' factors, the routers
+and the norms before them; everything else stays as it is. Learning rates are fractions of each tensor's root mean
+square: one rate for all diverges, since factors differ in scale by orders of magnitude.
+
+Some windows of the text are held out. The state that is best on them is what is written, the unhealed one among the
+candidates; training stops when it has not become better for a while. A killed run goes on from its last look.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, file_digest, refuse_existing, resolve
+from .errors import UserError
+from .progress import Progress, Steps, silent
+from .runtime.experts import FactorisedExperts
+from .runtime.transformers import load
+from .streaming import checked_device, compute_dtype
+from .text import load_tokenizer, model_length, read_text, sources, tokenise, windows, write_windows
+
+STAGE = "heal"
+RATE = 0.01  # of each tensor's root mean square; 0.004 was slower on the reference model
+BATCH = 4096  # tokens a step
+LOGITS = 1 << 26  # entries of the logits in memory at once
+HELD_OUT = 32  # windows, at most a tenth of the text
+LOOK = 20  # steps between looks at them
+PATIENCE = 8  # looks without a better state before it stops
+WARMUP = 20
+OWN_WINDOWS = 1024  # that the dense model writes where the text is its own
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What a healing did.  validation: (step, mean KL on the held-out windows, nats a token) at every look."""
+
+    steps: int
+    best_step: int
+    tokens: int
+    validation: list[tuple[int, float]] = field(default_factory=list)
+
+
+def heal(
+    student: str | Path, teacher: str, output: str | Path, *, steps: int, text: str | None = None,
+    seqlen: int | None = None, rate: float = RATE, seed: int = 0, device: torch.device | str | None = None,
+    run: str | Path | None = None, progress: Progress = silent,
+) -> Healing:  # fmt: skip
+    """Distils the dense model into a compressed folder and writes the healed one.
+
+    Args:
+        student, teacher: folder of the compressed model, and the model it was made from.
+        output: folder to write; it must not exist.
+        steps: of BATCH tokens each; fewer are taken when the held-out text says so.
+        text: as `--calibration`; all of it is used, over and over if need be.
+        run: folder for the state of an unfinished healing; `OUTPUT.heal` by default, removed at the end.
+
+    Raises UserError for anything that the caller can mend.
+    """
+    output, folder, device = Path(output).expanduser(), resolve(str(student)), checked_device(device)
+    refuse_existing(output)
+    if steps < 1:
+        raise UserError(f"--heal needs at least one step, found {steps}.")
+    model = load(str(student), device=device, dtype=torch.float32)
+    blocks = [m for m in model.modules() if isinstance(m, FactorisedExperts)]
+    if not blocks:
+        raise UserError(
+            f"{student}: holds ordinary experts (fewer, or narrower ones). Healing trains factors; compress with a "
+            "method that leaves some."
+        )
+    dense = load(teacher, device=device, dtype="auto")
+    dense = dense.to(compute_dtype(dense.dtype, device)).requires_grad_(False)
+    if dense.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+        raise UserError(f"{teacher}: has another vocabulary than {student}; give the model it was made from.")
+    length = model_length(model.config, seqlen)
+    every = _windows(teacher, folder, text, length, seed, device)
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    aside = min(HELD_OUT, len(every) // 10)
+    if aside < 1:
+        raise UserError(f"{text}: {len(every)} windows of {length} tokens are too few to heal on; 10 at least.")
+    held, seen = every[order[:aside].sort().values], every[order[aside:].sort().values]
+    names = trainable(model, held[:1].to(device))
+    job = _Healing(model, dense, names, seen, steps, rate, seed, _run_of(output, run))
+    files = sorted(set(Checkpoint(folder).files.values()))
+    about = [*map(file_digest, files), steps, rate, seed, length, hashlib.sha256(every.numpy().tobytes()).hexdigest()]
+    healing = job.go(held, hashlib.sha256(repr(about).encode()).hexdigest(), progress)
+    _write(folder, model, job.best, output, healing)
+    job.forget()
+    return healing
+
+
+def trainable(model: nn.Module, ids: Tensor) -> list[str]:
+    """Names of the parameters that healing trains: factors, routers, and the norms whose output the routers read."""
+    found: dict[int, None] = {}
+    norms: dict[int, tuple[Tensor, nn.Module]] = {}
+    handles = []
+
+    def after_norm(module: nn.Module, args: tuple, out: Tensor) -> None:
+        norms[out.data_ptr()] = (out, module)  # the tensor is kept, or its address would be another's
+
+    def before_block(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        entering = next(a for a in [*args, *kwargs.values()] if isinstance(a, Tensor))
+        if entering.data_ptr() in norms:
+            found.update({id(p): None for p in norms[entering.data_ptr()][1].parameters()})
+
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, FactorisedExperts)]
+    for path, experts in every:
+        layer = experts.layer
+        parent = model.get_submodule(path.rpartition(".")[0])
+        decoder = model.get_submodule(path.removesuffix(layer.name.removeprefix(layer.decoder_layer)))
+        handles.append(parent.register_forward_pre_hook(before_block, with_kwargs=True))
+        norms_here = [m for m in decoder.modules() if "norm" in type(m).__name__.lower()]
+        handles += [m.register_forward_hook(after_norm) for m in norms_here]
+        found.update({id(p): None for p in experts.parameters(recurse=False) if p.is_floating_point()})
+        inside = {id(p) for p in experts.parameters()}
+        for name, parameter in parent.named_parameters():
+            if parameter.shape[:1] == (layer.experts,) and "shared" not in name and id(parameter) not in inside:
+                found[id(parameter)] = None
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, parameter in model.named_parameters() if id(parameter) in found]
+
+
+class _Healing:
+    """The training loop and its state on disk."""
+
+    def __init__(
+        self, model: nn.Module, dense: nn.Module, names: list[str], seen: Tensor, steps: int, rate: float, seed: int,
+        run: Path,
+    ):  # fmt: skip
+        self.model, self.dense, self.seen, self.steps, self.seed = model, dense, seen, steps, seed
+        self.file = run / "heal.pt"
+        model.requires_grad_(False)
+        self.parameters = {n: p.requires_grad_() for n, p in model.named_parameters() if n in set(names) and p.numel()}
+        self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
+        groups = [{"params": [p], "lr": rate * _size(p)} for p in self.parameters.values()]
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
+        self.step, self.best_step, self.validation = 0, 0, []
+        self.batch = max(1, BATCH // seen.shape[1])
+
+    def _rate(self, step: int) -> float:
+        return min(1.0, (step + 1) / WARMUP) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / self.steps))))
+
+    def go(self, held: Tensor, key: str, progress: Progress) -> Healing:
+        steps = Steps(progress, STAGE, self.steps)
+        self._resume(key)
+        if not self.validation:
+            self.validation.append((0, self._held_out(held)))
+        steps.skip(self.step)
+        while self.step < self.steps and not self._stuck():
+            self._learn()
+            self.step += 1
+            if self.step % LOOK == 0 or self.step == self.steps:
+                self._look(held, key)
+            first, last = self.validation[0][1], self.validation[-1][1]
+            steps.detail = f"held out {last:.4f} nats from the dense model, {first:.4f} at first"
+            steps.tick()
+        return Healing(self.step, self.best_step, self.step * self.batch * self.seen.shape[1], self.validation)
+
+    def _learn(self) -> None:
+        ids = self._windows()
+        self.optimiser.zero_grad()
+        for part in self._parts(ids):
+            (self._divergence(part).sum() / ids.numel()).backward()
+        self.optimiser.step()
+        self.schedule.step()
+
+    def _windows(self) -> Tensor:
+        """This step's windows: each pass over the text in an order of its own, the same after a restart."""
+        each = max(1, len(self.seen) // self.batch)
+        number, place = divmod(self.step, each)
+        order = torch.randperm(len(self.seen), generator=torch.Generator().manual_seed(self.seed + 1 + number))
+        return self.seen[order[place * self.batch : (place + 1) * self.batch]]
+
+    def _parts(self, ids: Tensor) -> tuple[Tensor, ...]:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return ids.split(max(1, LOGITS // (ids.shape[1] * vocabulary)))
+
+    def _divergence(self, ids: Tensor) -> Tensor:
+        """ids (n, L) -> (n, L) KL(dense ‖ compressed) of the next token's distribution."""
+        ids = ids.to(self.model.device)
+        with torch.no_grad():
+            wanted = self.dense(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        given = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
+
+    @torch.no_grad()
+    def _held_out(self, held: Tensor) -> float:
+        return torch.cat([self._divergence(part).cpu() for part in self._parts(held)]).mean().item()
+
+    def _look(self, held: Tensor, key: str) -> None:
+        now = self._held_out(held)
+        if now < min(value for _, value in self.validation):
+            self.best, self.best_step = {n: p.detach().clone() for n, p in self.parameters.items()}, self.step
+        self.validation.append((self.step, now))
+        state = {
+            "key": key, "step": self.step, "best_step": self.best_step, "validation": self.validation,
+            "best": self.best, "parameters": {n: p.detach() for n, p in self.parameters.items()},
+            "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict(),
+        }  # fmt: skip
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.file)
+
+    def _stuck(self) -> bool:
+        # NaN is no better than anything, so a run that diverges stops here too.
+        return self.step - self.best_step >= PATIENCE * LOOK
+
+    def _resume(self, key: str) -> None:
+        """Goes on from the state on disk when the same healing left it; any other is left behind."""
+        if not self.file.is_file():
+            return
+        try:
+            state = torch.load(self.file, map_location=self.model.device, weights_only=True)
+            left = state["key"]
+        except Exception as error:  # torch raises a different type for every kind of damage
+            raise UserError(f"{self.file}: can't be read ({error}). Remove it to heal from the beginning.") from None
+        if left != key:
+            return
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
+        self.validation = [tuple(entry) for entry in state["validation"]]
+
+    def forget(self) -> None:
+        self.file.unlink(missing_ok=True)
+        if self.file.parent.is_dir() and not any(self.file.parent.iterdir()):
+            self.file.parent.rmdir()
+
+
+def _windows(teacher: str, folder: Path, text: str | None, length: int, seed: int, device: torch.device) -> Tensor:
+    """All of a text; of the dense model's own, OWN_WINDOWS."""
+    read, own = sources(text)
+    tokenizer, parts = load_tokenizer(folder), []
+    if read or not own:
+        parts.append(windows(tokenise(tokenizer, read_text(read)), length, text or "the built-in text"))
+    if own:
+        parts.append(write_windows(teacher, tokenizer, OWN_WINDOWS, length, seed, device))
+    return torch.cat(parts)
+
+
+def _size(parameter: Tensor) -> float:
+    return float(parameter.detach().float().square().mean().sqrt()) or 1e-3
+
+
+def _run_of(output: Path, run: str | Path | None) -> Path:
+    return Path(run).expanduser() if run else output.with_name(output.name + ".heal")
+
+
+def _write(folder: Path, model: nn.Module, best: dict[str, Tensor], output: Path, healing: Healing) -> None:
+    """The compressed folder again, with what was trained in place of what was there."""
+    checkpoint = Checkpoint(folder)
+    targets = ModelReader(checkpoint, model).targets
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        healed = best.get(targets.get(name, name))
+        return tensor if healed is None else healed.to(tensor).view_as(tensor)
+
+    with CheckpointWriter(output) as writer:
+        writer.copy_plain(checkpoint, list(checkpoint.files), change=change)
+        writer.companions(folder)
+        writer.text("config.json", (folder / "config.json").read_text())
+        for card in folder.glob("README.md"):
+            writer.text(card.name, card.read_text())
+        writer.text("heal.json", json.dumps(healing.__dict__, indent=1) + "\n")
