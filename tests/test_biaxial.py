@@ -22,6 +22,7 @@ from moefactor.forms import BasisMixture, Latent, Ragged, Routing, form_from_jso
 from moefactor.methods import METHODS, biaxial, biaxial_plan
 from moefactor.methods.biaxial_plan import Candidate, Choice, Row, forms_of
 from moefactor.methods.metrics import RIDGE, Cut, Metrics, roots
+from moefactor.methods.mixture import Problem, group_starts
 from moefactor.methods.refine import LayerTokens, refine
 from moefactor.plan import LayerPlan
 from moefactor.runtime.experts import FactorisedExperts
@@ -428,6 +429,26 @@ def test_interpolation_meets_its_corners() -> None:
     assert biaxial_plan._bilinear(corners, span, sum(span) / 2, 4) == pytest.approx(-2.75)  # 4: halfway from 2 to 8
 
 
+def test_a_diagonal_metric_is_a_matrix() -> None:
+    """Sensitivities of gate and up weight rows as their diagonal matrix would, in the loss and where it starts."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows, right, left = draw(6, 5, 8), draw(6, 8, 8), torch.rand(6, 5, generator=generator)
+    right = right @ right.transpose(1, 2)
+    thin, full = (Problem(rows, "silu", right=right, left=metric) for metric in (left, torch.diag_embed(left)))
+    private, bases = draw(6, 5, 3), draw(6, 3, 8)
+    off = rows - private @ bases
+    by_hand = sum((left[e].diag() @ off[e] @ right[e] * off[e]).sum() for e in range(6))
+    whole = sum((left[e].diag() @ rows[e] @ right[e] * rows[e]).sum() for e in range(6))
+    for problem in (thin, full):
+        torch.testing.assert_close(problem.loss(private, bases), by_hand / whole, rtol=1e-4, atol=0)
+    starts = [group_starts(problem, 2, 3) for problem in (thin, full)]
+    torch.testing.assert_close(starts[0].abs(), starts[1].abs(), rtol=1e-3, atol=1e-3)
+
+
 # -- factorise ---------------------------------------------------------------------------------------------------------
 
 NONE, BASIS, MIXTURE = Candidate(0, 0), Candidate(0, 0, rank=9), Candidate(0, 0, rank=7, bases=3)
@@ -641,9 +662,9 @@ def test_the_refit_ends_with_refining(weights: ExpertWeights, stats: LayerStats)
     plan = layer_plan(weights.layer, BASIS, MIXTURE)
     start, tokens = biaxial.factorise(weights, stats, plan, seed=0, steps=5), layer_tokens(weights, plan)
     solved, whole = (
-        biaxial.refit(weights, stats, start, tokens, plan, seed=3, shrinkage=0.2, refine_steps=n) for n in (0, 10)
+        biaxial.refit(weights, stats, start, tokens, plan, seed=3, shrinkage=0.2, refine_steps=n) for n in (0, 40)
     )
-    expected = refine(solved, tokens, Metrics(weights, stats, 0.2).pooled_output(), steps=10, seed=3)
+    expected = refine(solved, tokens, Metrics(weights, stats, 0.2).pooled_output(), steps=40, seed=3)
     assert "refine" in whole.curves
     assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in whole.tensors.items())
     assert not torch.equal(whole.tensors["gate_up_basis"], solved.tensors["gate_up_basis"])

@@ -9,9 +9,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moefactor.calibrate import Calibration
 from moefactor.errors import UserError
-from moefactor.text import load_tokenizer, model_length, read_text, sample_windows, tokenise, windows
+from moefactor.evaluate import window_losses
+from moefactor.runtime.transformers import load
+from moefactor.streaming import StreamedModel
+from moefactor.text import (
+    load_tokenizer,
+    model_length,
+    read_text,
+    sample_windows,
+    sources,
+    tokenise,
+    windows,
+    write_windows,
+)
 from tiny import tokenizer
+
+REFERENCE = Path(__file__).resolve().parents[1] / "assets" / "reference-moe"
 
 
 def config(most: int) -> SimpleNamespace:
@@ -97,3 +112,38 @@ def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_what_the_model_writes_itself() -> None:
+    """Whole windows, the same for the same seed, and likelier to the model than random tokens."""
+    tokenizer = load_tokenizer(REFERENCE)
+    ask = (str(REFERENCE), tokenizer, 3, 24)
+    first, again, other = (write_windows(*ask, seed, torch.device("cpu")) for seed in (0, 0, 1))
+    assert first.shape == (3, 24)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    model = load(str(REFERENCE), device="cpu", dtype=torch.float32)
+    random = torch.randint(0, len(tokenizer), (3, 24), generator=torch.Generator().manual_seed(0))
+    assert window_losses(model, first).mean() < window_losses(model, random).mean() - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(None, (None, False)), ("self", (None, True)), ("a.txt", ("a.txt", False)), ("a.txt,self", ("a.txt", True))],
+)
+def test_sources(name: str | None, expected: tuple[str | None, bool]) -> None:
+    assert sources(name) == expected
+
+
+def test_half_of_the_windows_are_the_models_own(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The company said that it would pay its dividend. " * 200)
+    model = StreamedModel(str(REFERENCE))
+    read = Calibration.read(model, str(text), samples=6, seqlen=16)
+    both = Calibration.read(model, f"{text},self", samples=6, seqlen=16)
+    assert sum(len(batch) for batch in both.batches) == 6
+    every = tokenise(load_tokenizer(REFERENCE), text.read_text())
+    windows_of_text = {tuple(row) for row in windows(every, 16, "").tolist()}
+    known = [tuple(row) in windows_of_text for batch in both.batches for row in batch.tolist()]
+    assert known == [True] * 3 + [False] * 3
+    assert both.description["sha256"] != read.description["sha256"]
