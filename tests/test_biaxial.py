@@ -659,8 +659,9 @@ def test_refining_gives_back_what_it_can_not_better(
 
 def test_the_refit_ends_with_refining(weights: ExpertWeights, stats: LayerStats) -> None:
     """In the norm of the layer's gradients."""
-    plan = layer_plan(weights.layer, BASIS, MIXTURE)
-    start, tokens = biaxial.factorise(weights, stats, plan, seed=0, steps=5), layer_tokens(weights, plan)
+    plan = layer_plan(weights.layer, BASIS, BASIS)
+    start = biaxial.factorise(weights, stats, plan, seed=0)
+    tokens = layer_tokens(weights, plan, count=3000)  # so many that the refit has not learned those held out by heart
     solved, whole = (
         biaxial.refit(weights, stats, start, tokens, plan, seed=3, shrinkage=0.2, refine_steps=n) for n in (0, 40)
     )

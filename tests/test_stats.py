@@ -7,7 +7,7 @@ import torch
 
 from layers import LAYERS, UNUSED, random_stats, random_weights, routed_tokens
 from moefactor.experts import ExpertLayer
-from moefactor.stats import STATISTICS, LayerStats
+from moefactor.stats import GRADIENTS, STATISTICS, LayerStats
 
 
 def small(experts: int, intermediate: int, hidden: int) -> ExpertLayer:
@@ -42,7 +42,7 @@ def test_parts_merge_by_addition() -> None:
         halves[1].add(expert, *(part[middle:] for part in parts))
     merged = halves[0] + halves[1]
     assert merged.tensors().keys() == whole.tensors().keys()
-    for name in whole.tensors().keys() - {"output_gradient", "fisher"}:  # which `add` does not fill
+    for name in whole.tensors().keys() - GRADIENTS:  # which `add` does not fill
         tensor = whole.tensors()[name]
         other = merged.tensors()[name]
         torch.testing.assert_close(other, tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()))
