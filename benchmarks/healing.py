@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import moefactor
+from moefactor.heal import BATCH
 from quality import CALIBRATIONS, MODEL, ROOT, TEXTS, line, measure
 
 
@@ -53,7 +54,7 @@ def run(ratio: float, data: Path, text: str, form: str, tokens: int) -> dict:
         started = time.perf_counter()
         moefactor.compress(str(MODEL), "biaxial", ratio, plain, calibration=source, seqlen=256, form=form)
         middle = time.perf_counter()
-        report = moefactor.heal(plain, str(MODEL), healed, steps=-(-tokens // 4096), text=source, seqlen=256)
+        report = moefactor.heal(plain, str(MODEL), healed, steps=-(-tokens // BATCH), text=source, seqlen=256)
         end = time.perf_counter()
         return {
             "unhealed": {"seconds": middle - started, **measure(plain, data)},

@@ -40,19 +40,20 @@ class Calibration:
         """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from a text by `seed`.
 
         Args:
-            source: file, folder or dataset; None for the text every Python has; `self` for text that the model writes,
-                and `NAME,self` for half of each.
+            source: file, folder or dataset; None for the text every Python has; `self` for text that the model writes;
+                `NAME,self` for both, at most half of it read and the rest, however short the text, written.
             batch_size: windows run at a time.
         """
         length = model_length(model.config, seqlen)
         read, own = sources(source)
-        written = (samples - samples // 2 if read else samples) if own else 0
-        parts, tokenizer = [], load_tokenizer(model.folder)
-        if written < samples:
+        parts, tokenizer, given = [], load_tokenizer(model.folder), 0
+        if read or not own:
             ids = tokenise(tokenizer, read_text(read))
-            parts.append(sample_windows(ids, length, samples - written, seed, read or BUILT_IN))
-        if written:
-            parts.append(write_windows(model.name, tokenizer, written, length, seed, model.device))
+            most = max(1, samples // 2) if own else samples
+            parts.append(sample_windows(ids, length, most, seed, read or BUILT_IN))
+            given = len(parts[0])
+        if own and given < samples:
+            parts.append(write_windows(model.name, tokenizer, samples - given, length, seed, model.device))
         source = source or BUILT_IN
         chosen = torch.cat(parts)
         digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()

@@ -1,6 +1,7 @@
 """Heal a compressed model: its factors learn to give what the dense model gives, by distillation of whole outputs.
 
-Minimises KL(dense ‖ compressed) of the next-token distributions. Trained are the routed experts' factors, the routers
+Minimises KL(dense ‖ compressed) of the next-token distributions, and beside it the relative squared errors of the
+layers' outputs, which say more a token than the divergence alone. Trained are the routed experts' factors, the routers
 and the norms before them; everything else stays as it is. Learning rates are fractions of each tensor's root mean
 square: one rate for all diverges, since factors differ in scale by orders of magnitude.
 
@@ -29,13 +30,14 @@ from .streaming import checked_device, compute_dtype
 from .text import load_tokenizer, model_length, read_text, sources, tokenise, windows, write_windows
 
 STAGE = "heal"
-RATE = 0.01  # of each tensor's root mean square; 0.004 was slower on the reference model
-BATCH = 4096  # tokens a step
+RATE = 0.008  # of each tensor's root mean square
+BATCH = 2048  # tokens a step
+LAYERS = 3.0  # weight of the layers' relative squared errors beside the divergence
 LOGITS = 1 << 26  # entries of the logits in memory at once
 HELD_OUT = 32  # windows, at most a tenth of the text
-LOOK = 20  # steps between looks at them
+LOOK = 50  # steps between looks at them
 PATIENCE = 8  # looks without a better state before it stops
-WARMUP = 20
+WARMUP = 40
 OWN_WINDOWS = 1024  # that the dense model writes where the text is its own
 
 
@@ -174,7 +176,7 @@ class _Healing:
         ids = self._windows()
         self.optimiser.zero_grad()
         for part in self._parts(ids):
-            (self._divergence(part).sum() / ids.numel()).backward()
+            (self._objective(part).sum() / ids.numel()).backward()
         self.optimiser.step()
         self.schedule.step()
 
@@ -191,11 +193,27 @@ class _Healing:
 
     def _divergence(self, ids: Tensor) -> Tensor:
         """ids (n, L) -> (n, L) KL(dense ‖ compressed) of the next token's distribution."""
-        ids = ids.to(self.model.device)
         with torch.no_grad():
-            wanted = self.dense(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        given = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
+            wanted = self._outputs(self.dense, ids)[0]
+        return _kl(wanted, self._outputs(self.model, ids)[0])
+
+    def _objective(self, ids: Tensor) -> Tensor:
+        """The divergence and, of every layer, the squared error of its output relative to the mean square."""
+        with torch.no_grad():
+            wanted, states = self._outputs(self.dense, ids, hidden=True)
+        given, own = self._outputs(self.model, ids, hidden=True)
+        errors = [
+            (a - b).square().sum(-1) / b.square().sum(-1).mean().clamp(min=1e-30)
+            for a, b in zip(own, states, strict=True)
+        ]
+        return _kl(wanted, given) + LAYERS * sum(errors) / max(1, len(errors))
+
+    @staticmethod
+    def _outputs(model: nn.Module, ids: Tensor, hidden: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """(n, L, V) log-probabilities and the (n, L, H) outputs of the layers, where the model tells them."""
+        out = model(input_ids=ids.to(model.device), use_cache=False, output_hidden_states=hidden)
+        states = (out.hidden_states or ()) if hidden else ()
+        return out.logits.float().log_softmax(-1), [state.float() for state in states[1:]]
 
     @torch.no_grad()
     def _held_out(self, held: Tensor) -> float:
@@ -254,6 +272,10 @@ def _windows(teacher: str, folder: Path, text: str | None, length: int, seed: in
     if own:
         parts.append(write_windows(teacher, tokenizer, OWN_WINDOWS, length, seed, device))
     return torch.cat(parts)
+
+
+def _kl(wanted: Tensor, given: Tensor) -> Tensor:
+    return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
 
 
 def _size(parameter: Tensor) -> float:

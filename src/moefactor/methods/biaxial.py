@@ -36,28 +36,30 @@ from .mixture import mixed
 from .refine import LayerTokens, refine
 
 NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient"})
+SHRINKAGE = 0.25  # costs text like the calibration's nothing, and gains on other text (reference model, docs/log.md)
 
 
 def planner(
     layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, multiple: int, seed: int,
-    tick: Callable[[], None], form: FormName = "fast", shrinkage: float = 0.5, doubt: float = 0.1,
+    tick: Callable[[], None], form: FormName = "fast", shrinkage: float = SHRINKAGE,
     channel_share: float = -1.0, data_free: bool = False,
 ) -> tuple[list[LayerPlan], float]:  # fmt: skip
     """The cheapest plan by estimated loss, and that loss summed over the calibration tokens.
 
     Args:
-        doubt: weight of the unseen when the budget is spent (Metrics.prior); see factorise for `shrinkage`.
+        shrinkage: see factorise. Prices are of what was seen: a share of the unseen in them keeps experts that no text
+            uses (docs/log.md).
         channel_share: share of every layer's channels to take out; negative: the best of a grid, layer by layer.
     """
     seen = ((weights, None if data_free else stats) for weights, stats in layers)
     return plan_layers(
-        seen, budget, form=form, multiple=multiple, seed=seed, fit_prior=_fraction("shrinkage", shrinkage),
-        plan_prior=_fraction("doubt", doubt), channel_share=channel_share, tick=tick,
+        seen, budget, form=form, multiple=multiple, seed=seed, prior=_fraction("shrinkage", shrinkage),
+        channel_share=channel_share, tick=tick,
     )  # fmt: skip
 
 
 def factorise(
-    weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, shrinkage: float = 0.5,
+    weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, shrinkage: float = SHRINKAGE,
     steps: int = 600, data_free: bool = False,
 ) -> CompressedExperts:  # fmt: skip
     """The layer from its statistics alone.
@@ -100,7 +102,7 @@ def factorise(
 
 def refit(
     weights: ExpertWeights, stats: LayerStats, compressed: CompressedExperts, tokens: LayerTokens, plan: LayerPlan, *,
-    seed: int, shrinkage: float = 0.5, refine_steps: int = 150,
+    seed: int, shrinkage: float = SHRINKAGE, refine_steps: int = 150,
 ) -> CompressedExperts:  # fmt: skip
     """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py."""
     cut = _cut(weights, stats, plan, shrinkage)
