@@ -238,7 +238,7 @@ def test_killed_while_the_output_is_written(job: dict, straight: Callable, monke
     assert digests(job["output"]) == straight(job)
 
 
-@pytest.mark.parametrize("change", [{"steps": 6}, {"rate": 0.02}, {"seed": 1}, {"seqlen": 24}])
+@pytest.mark.parametrize("change", [{"steps": 6}, {"rate": 0.03}, {"seed": 1}, {"seqlen": 24}])
 def test_the_state_of_another_healing_is_not_taken_for_this_one(change: dict, job: dict, tmp_path: Path) -> None:
     stop(job)
     steps: list[int] = []

@@ -30,7 +30,9 @@ from .streaming import checked_device, compute_dtype
 from .text import load_tokenizer, model_length, read_text, sources, tokenise, windows, write_windows
 
 STAGE = "heal"
-RATE = 0.008  # of each tensor's root mean square
+# Of each tensor's root mean square and of the square root of the divergence at the start, nats: as far as the model is
+# from the dense one, so far its factors have to go.
+RATE = 0.02
 BATCH = 2048  # tokens a step
 LAYERS = 3.0  # weight of the layers' relative squared errors beside the divergence
 LOGITS = 1 << 26  # entries of the logits in memory at once
@@ -142,15 +144,12 @@ class _Healing:
         self, model: nn.Module, dense: nn.Module, names: list[str], seen: Tensor, steps: int, rate: float, seed: int,
         run: Path,
     ):  # fmt: skip
-        self.model, self.dense, self.seen, self.steps, self.seed = model, dense, seen, steps, seed
+        self.model, self.dense, self.seen, self.steps, self.rate, self.seed = model, dense, seen, steps, rate, seed
         self.file = run / "heal.pt"
         model.requires_grad_(False)
         self.parameters = {n: p.requires_grad_() for n, p in model.named_parameters() if n in set(names) and p.numel()}
         self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
-        groups = [{"params": [p], "lr": rate * _size(p)} for p in self.parameters.values()]
-        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
-        self.step, self.best_step, self.validation = 0, 0, []
+        self.step, self.best_step = 0, 0
         self.batch = max(1, BATCH // seen.shape[1])
 
     def _rate(self, step: int) -> float:
@@ -158,9 +157,14 @@ class _Healing:
 
     def go(self, held: Tensor, key: str, progress: Progress) -> Healing:
         steps = Steps(progress, STAGE, self.steps)
-        self._resume(key)
-        if not self.validation:
-            self.validation.append((0, self._held_out(held)))
+        left = self._left(key)
+        self.validation = [tuple(e) for e in left["validation"]] if left else [(0, self._held_out(held))]
+        rate = self.rate * math.sqrt(self.validation[0][1])
+        groups = [{"params": [p], "lr": rate * _size(p)} for p in self.parameters.values()]
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
+        if left:
+            self._resume(left)
         steps.skip(self.step)
         while self.step < self.steps and not self._stuck():
             self._learn()
@@ -238,24 +242,24 @@ class _Healing:
         # NaN is no better than anything, so a run that diverges stops here too.
         return self.step - self.best_step >= PATIENCE * LOOK
 
-    def _resume(self, key: str) -> None:
-        """Goes on from the state on disk when the same healing left it; any other is left behind."""
+    def _left(self, key: str) -> dict | None:
+        """The state on disk when the same healing left it; any other is left behind."""
         if not self.file.is_file():
-            return
+            return None
         try:
             state = torch.load(self.file, map_location=self.model.device, weights_only=True)
             left = state["key"]
         except Exception as error:  # torch raises a different type for every kind of damage
             raise UserError(f"{self.file}: can't be read ({error}). Remove it to heal from the beginning.") from None
-        if left != key:
-            return
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
+        return state if left == key else None
+
+    @torch.no_grad()
+    def _resume(self, state: dict) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state["parameters"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
-        self.validation = [tuple(entry) for entry in state["validation"]]
 
     def forget(self) -> None:
         self.file.unlink(missing_ok=True)
