@@ -36,12 +36,13 @@ from .mixture import mixed
 from .refine import LayerTokens, refine
 
 NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient"})
-SHRINKAGE = 0.25  # costs text like the calibration's nothing, and gains on other text (reference model, docs/log.md)
+# By the form: mixtures have more to overfit with, one basis less (docs/log.md).
+SHRINKAGE = {"fast": 0.25, "tight": 0.5}
 
 
 def planner(
     layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, multiple: int, seed: int,
-    tick: Callable[[], None], form: FormName = "fast", shrinkage: float = SHRINKAGE,
+    tick: Callable[[], None], form: FormName = "fast", shrinkage: float = -1.0,
     channel_share: float = -1.0, data_free: bool = False,
 ) -> tuple[list[LayerPlan], float]:  # fmt: skip
     """The cheapest plan by estimated loss, and that loss summed over the calibration tokens.
@@ -53,40 +54,40 @@ def planner(
     """
     seen = ((weights, None if data_free else stats) for weights, stats in layers)
     return plan_layers(
-        seen, budget, form=form, multiple=multiple, seed=seed, prior=_fraction("shrinkage", shrinkage),
+        seen, budget, form=form, multiple=multiple, seed=seed, prior=_shrinkage(shrinkage, form),
         channel_share=channel_share, tick=tick,
     )  # fmt: skip
 
 
 def factorise(
-    weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, shrinkage: float = SHRINKAGE,
-    steps: int = 600, data_free: bool = False,
+    weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, form: FormName = "fast",
+    shrinkage: float = -1.0, steps: int = 600, data_free: bool = False,
 ) -> CompressedExperts:  # fmt: skip
     """The layer from its statistics alone.
 
     Args:
-        shrinkage: weight of the unseen in the fits, 0 to 1 (Metrics.prior). Text unlike what the model will read
-            wants more.
+        shrinkage: weight of the unseen in the fits, 0 to 1 (Metrics.prior); negative: SHRINKAGE of the form. Text
+            unlike what the model will read wants more.
         steps: of the solver of mixtures.
     """
     layer = weights.layer
-    cut = _cut(weights, None if data_free else stats, plan, shrinkage)
+    cut = _cut(weights, None if data_free else stats, plan, _shrinkage(shrinkage, form))
     name = layer.first_stack
-    form = plan.forms[name]
+    first_form = plan.forms[name]
     rows, tensors, curves = cut.first_rows(), {}, {}
     rebuilt = rows
-    if isinstance(form, Latent):
-        basis = cut.first_directions()[1][: form.rank]
+    if isinstance(first_form, Latent):
+        basis = cut.first_directions()[1][: first_form.rank]
         rows = [weighted_least_squares(w, basis, cut.metrics.input(e)) for e, w in enumerate(rows)]
         rebuilt = [a @ basis for a in rows]
         tensors[f"{name}_basis"] = basis
-    elif isinstance(form, BasisMixture):
-        solution, experts = fit_mixture(mixture_problem(cut, "first"), form.bases, form.rank, steps, seed)
+    elif isinstance(first_form, BasisMixture):
+        solution, experts = fit_mixture(mixture_problem(cut, "first"), first_form.bases, first_form.rank, steps, seed)
         tensors[f"{name}_basis"], tensors[f"{name}_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
         rebuilt = [experts[e][: len(w)].double() for e, w in enumerate(rows)]
         rows = [solution.private[e][: len(w)] for e, w in enumerate(rows)]
         curves[name] = solution.curve
-    tensors[_private(form, name)] = torch.cat(rows)
+    tensors[_private(first_form, name)] = torch.cat(rows)
     down_form = plan.forms["down"]
     if isinstance(down_form, BasisMixture):
         solution, _ = fit_mixture(mixture_problem(cut, "down"), down_form.bases, down_form.rank, steps, seed)
@@ -102,10 +103,10 @@ def factorise(
 
 def refit(
     weights: ExpertWeights, stats: LayerStats, compressed: CompressedExperts, tokens: LayerTokens, plan: LayerPlan, *,
-    seed: int, shrinkage: float = SHRINKAGE, refine_steps: int = 150,
+    seed: int, form: FormName = "fast", shrinkage: float = -1.0, refine_steps: int = 150,
 ) -> CompressedExperts:  # fmt: skip
     """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py."""
-    cut = _cut(weights, stats, plan, shrinkage)
+    cut = _cut(weights, stats, plan, _shrinkage(shrinkage, form))
     first = compressed.stack(cut.metrics.first.name)
     for expert, (moment, cross) in enumerate(tokens.down_moments(first, compressed.tensors.get("first_bias"))):
         k = len(cut.kept[expert])
@@ -120,7 +121,7 @@ def refit(
 
 
 def _cut(weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, shrinkage: float) -> Cut:
-    metrics = Metrics(weights, stats, _fraction("shrinkage", shrinkage))
+    metrics = Metrics(weights, stats, shrinkage)
     return Cut.of(metrics, metrics.prices(), list(ragged_of(plan.forms["down"]).widths))
 
 
@@ -144,10 +145,10 @@ def _down_tensors(cut: Cut, plan: LayerPlan, tensors: dict[str, Tensor]) -> dict
     return {_private(form, "down"): torch.cat(rows)}
 
 
-def _fraction(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise UserError(f"biaxial: {name} must be from 0 to 1, found {value}.")
-    return value
+def _shrinkage(value: float, form: FormName) -> float:
+    if value > 1:
+        raise UserError(f"biaxial: shrinkage must be at most 1 (negative: by the form), found {value}.")
+    return SHRINKAGE[form] if value < 0 else value
 
 
 METHOD = Method(
