@@ -246,7 +246,7 @@ def planned(
     layers: list[tuple[ExpertWeights, LayerStats | None]], keep: float, *, multiple: int = 1, **options: object
 ) -> tuple[list[LayerPlan], float]:
     budget = int(keep * sum(weights.layer.parameter_count for weights, _ in layers))
-    return biaxial.planner(layers, budget, multiple=multiple, seed=0, tick=lambda: None, **options)
+    return biaxial.planner(layers, budget, ratio=1 - keep, multiple=multiple, seed=0, tick=lambda: None, **options)
 
 
 def seen(kind: str = "gated", count: int = 1) -> list[tuple[ExpertWeights, LayerStats]]:
@@ -270,7 +270,9 @@ def test_the_plan_meets_the_budget_and_counts_what_it_stores(kind: str, form: st
         assert all(torch.isfinite(tensor).all() for tensor in result.tensors.values())
         losses.append(loss)
         assert form == "tight" or not any(isinstance(f, BasisMixture) for f in plan.forms.values())
-    assert all(fewer > more > 0 for fewer, more in itertools.pairwise(losses))
+    # A layer this small can take the same row of its table for two budgets; channels bought back are not counted.
+    assert all(fewer >= more > 0 for fewer, more in itertools.pairwise(losses)), losses
+    assert losses[0] > 2 * losses[-1]
 
 
 def test_one_budget_over_layers(quick: None) -> None:

@@ -52,7 +52,9 @@ def make_plan(
         layers = _Layers(model, run)
         steps = Steps(progress, "plan", len(model.experts))
         taken = accepted(method.planner, options)
-        plans, loss = method.planner(layers, budget, multiple=rank_multiple, seed=seed, tick=steps.tick, **taken)
+        plans, loss = method.planner(
+            layers, budget, ratio=ratio, multiple=rank_multiple, seed=seed, tick=steps.tick, **taken
+        )
         seen = run.calibration() if needs else None
         expected = loss / (seen["samples"] * seen["seqlen"]) if seen else None
         return Plan(model.name, method.name, ratio, seed, tuple(plans), options, expected)

@@ -34,8 +34,8 @@ class Method:
         plan_needs, factorise_needs: options -> the statistics that each stage reads (names of stats.STATISTICS).
         allocation: the rule of allocate.RULES that spends the budget unless the user names another.
         planner: for a method whose choices in one layer change the prices in it, instead of `offers`:
-            (layers, budget, *, multiple, seed, tick, **options) -> LayerPlan of each, and the rise of the loss they
-            are expected to cost, summed over the calibration tokens; `layers` yields (weights, stats or None).
+            (layers, budget, *, ratio, multiple, seed, tick, **options) -> LayerPlan of each, and the rise of the loss
+            they are expected to cost, summed over the calibration tokens; `layers` yields (weights, stats or None).
         refit: (weights, stats, compressed, tokens, plan, *, seed, **options) -> CompressedExperts, a second look at
             the layer with the tokens themselves (refine.LayerTokens), where there are any.
     """

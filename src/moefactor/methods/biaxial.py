@@ -38,24 +38,27 @@ from .refine import LayerTokens, refine
 NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient"})
 # By the form: mixtures have more to overfit with, one basis less (docs/log.md).
 SHRINKAGE = {"fast": 0.25, "tight": 0.5}
+# Metrics.prior of the prices, from the ratio DOUBTFUL up; below, it falls with the square. What goes first is what no
+# text uses, and doubt would keep it; what goes later is used by some other text.
+DOUBT, DOUBTFUL = 0.1, 0.4
 
 
 def planner(
-    layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, multiple: int, seed: int,
-    tick: Callable[[], None], form: FormName = "fast", shrinkage: float = -1.0,
+    layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, ratio: float, multiple: int,
+    seed: int, tick: Callable[[], None], form: FormName = "fast", shrinkage: float = -1.0,
     channel_share: float = -1.0, data_free: bool = False,
 ) -> tuple[list[LayerPlan], float]:  # fmt: skip
     """The cheapest plan by estimated loss, and that loss summed over the calibration tokens.
 
     Args:
-        shrinkage: see factorise. Prices are of what was seen: a share of the unseen in them keeps experts that no text
-            uses (docs/log.md).
+        ratio: removed share that the budget stands for. Prices contain the unseen by it (`DOUBT`).
+        shrinkage: see factorise.
         channel_share: share of every layer's channels to take out; negative: the best of a grid, layer by layer.
     """
     seen = ((weights, None if data_free else stats) for weights, stats in layers)
     return plan_layers(
-        seen, budget, form=form, multiple=multiple, seed=seed, prior=_shrinkage(shrinkage, form),
-        channel_share=channel_share, tick=tick,
+        seen, budget, form=form, multiple=multiple, seed=seed, fit_prior=_shrinkage(shrinkage, form),
+        plan_prior=DOUBT * min(1.0, ratio / DOUBTFUL) ** 2, channel_share=channel_share, tick=tick,
     )  # fmt: skip
 
 

@@ -76,12 +76,12 @@ class Choice:
 
 def plan_layers(
     layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, form: FormName, multiple: int, seed: int,
-    prior: float, channel_share: float, tick: Callable[[], None],
+    fit_prior: float, plan_prior: float, channel_share: float, tick: Callable[[], None],
 ) -> tuple[list[LayerPlan], float]:  # fmt: skip
     """The plans and the loss they are expected to cost, summed over the calibration tokens.
 
     Args:
-        prior: Metrics.prior of what will be fitted; spending believes what was seen alone.
+        fit_prior, plan_prior: Metrics.prior of what will be fitted, and of what is believed when it comes to spending.
         channel_share: of every layer's channels to take out; negative: the best for each layer.
     """
     tables: list[list[Row]] = []
@@ -89,7 +89,7 @@ def plan_layers(
     prices: list[Tensor] = []
     for weights, stats in layers:
         layer = weights.layer
-        fitted, believed = Metrics(weights, stats, prior), Metrics(weights, stats, 0.0)
+        fitted, believed = Metrics(weights, stats, fit_prior), Metrics(weights, stats, plan_prior)
         shares = SHARES if channel_share < 0 else (channel_share,)
         tables.append(_table(fitted, believed, shares, form, multiple, seed))
         prices.append(fitted.prices().cpu())
