@@ -91,7 +91,7 @@ PARTS = {
     "tight": ("biaxial", {"form": "tight"}),
     "not refined": ("biaxial", {"form": "tight", "refine_steps": 0}),
     "no shrinkage": ("biaxial", {"form": "tight", "shrinkage": 0}),
-    "a quarter shrunk": ("biaxial", {"form": "tight", "shrinkage": 0.25}),
+    "no doubt": ("biaxial", {"form": "tight", "doubt": 0}),
     "no channels out": ("biaxial", {"form": "tight", "channel_share": 0}),
     "fast": ("biaxial", {"form": "fast"}),
     "fast, not refined": ("biaxial", {"form": "fast", "refine_steps": 0}),

@@ -275,6 +275,13 @@ def test_the_plan_meets_the_budget_and_counts_what_it_stores(kind: str, form: st
     assert losses[0] > 2 * losses[-1]
 
 
+def test_doubt_falls_with_the_square_of_the_ratio_below_forty_per_cent(quick: None) -> None:
+    layers = seen()
+    for keep, doubt in ((0.8, 0.025), (0.6, 0.1), (0.4, 0.1)):
+        assert planned(layers, keep) == planned(layers, keep, doubt=doubt)
+    assert planned(layers, 0.8)[1] < planned(layers, 0.8, doubt=0.1)[1]  # what goes is what nobody used
+
+
 def test_one_budget_over_layers(quick: None) -> None:
     """Within a percent; more goes to the layer whose loss is steeper; a mixture where it pays."""
     (first, quiet), (second, loud) = seen(count=2)
@@ -484,7 +491,7 @@ def test_what_is_stored_is_what_was_planned(kind: str, first: Candidate, down: C
     if weights.layer.biased:
         assert torch.equal(dense.down_bias, weights.down_bias)
         assert (dense.up_bias != 0).sum(1).tolist() == list(UNEVEN)
-        order = Metrics(weights, stats, biaxial.SHRINKAGE["fast"]).prices()[2].topk(5).indices.sort().values
+        order = Metrics(weights, stats, 0.5).prices()[2].topk(5).indices.sort().values
         assert torch.equal(dense.gate_bias[2, :5], weights.gate_bias[2][order])
 
 
@@ -598,7 +605,7 @@ def test_the_refit_is_least_squares_on_the_tokens(kind: str) -> None:
     first = biaxial.factorise(weights, stats, plan, seed=0)
     tokens = layer_tokens(weights, plan)
     again = biaxial.refit(weights, stats, first, tokens, plan, seed=0, refine_steps=0)
-    prices, before, after = Metrics(weights, stats, biaxial.SHRINKAGE["fast"]).prices(), 0.0, 0.0
+    prices, before, after = Metrics(weights, stats, 0.5).prices(), 0.0, 0.0
     for expert, kept in enumerate(UNEVEN):
         token, slot = (tokens.index == expert).nonzero(as_tuple=True)
         rows, g = tokens.inputs[token], tokens.weight[token, slot].unsqueeze(1)
@@ -637,7 +644,7 @@ def held_out_error(tokens: LayerTokens, compressed: CompressedExperts) -> float:
 def test_refining_lowers_the_error_of_tokens_it_has_not_seen(kind: str, chosen: tuple[Candidate, Candidate]) -> None:
     ((weights, stats),) = seen(kind)
     plan = layer_plan(weights.layer, *chosen)
-    start = biaxial.factorise(weights, stats, plan, seed=0, steps=10, shrinkage=0.5)  # leaves something to gain
+    start = biaxial.factorise(weights, stats, plan, seed=0, steps=10)
     copies = {name: tensor.clone() for name, tensor in start.tensors.items()}
     tokens = layer_tokens(weights, plan)
     better = refine(start, tokens, torch.eye(24), steps=40, seed=0)
@@ -676,7 +683,7 @@ def test_the_refit_ends_with_refining(weights: ExpertWeights, stats: LayerStats)
 def test_refining_minimises_in_the_norm_of_the_gradient(weights: ExpertWeights, stats: LayerStats) -> None:
     """Where the loss does not look, outputs are left to drift; where it does, they are nearer than in a plain norm."""
     plan = layer_plan(weights.layer, BASIS, NONE)
-    start = biaxial.factorise(weights, stats, plan, seed=0, shrinkage=0.5)
+    start = biaxial.factorise(weights, stats, plan, seed=0)
     tokens, half = layer_tokens(weights, plan), torch.arange(24) < 12
     errors = {}
     for name, gradient in (("plain", torch.eye(24)), ("half", torch.diag(half.double()))):
@@ -742,7 +749,8 @@ def test_what_is_loaded_is_what_the_factors_stand_for(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shrinkage": 2.0}, "biaxial: shrinkage must be at most 1"),
+        ({"shrinkage": 2.0}, "biaxial: shrinkage must be from 0 to 1"),
+        ({"doubt": 1.5}, "biaxial: doubt must be from 0 to 1"),
         ({"channel_share": "many"}, "biaxial: channel_share must be float"),
         ({"form": "tihgt"}, "Did you mean 'tight'"),
     ],

@@ -265,7 +265,7 @@ def factorise(
 def heal(
     model: Annotated[str, typer.Argument(help="Folder of a compressed model.", show_default=False)],
     teacher: Annotated[str, typer.Option(help="The dense model that it was made from.", show_default=False)],
-    output: Output, steps: Annotated[int, typer.Option(help="At most; of 2048 tokens each.", min=1)] = 400,
+    output: Output, steps: Annotated[int, typer.Option(help="At most; of 2048 tokens each.", min=1)] = 800,
     calibration: Text = None, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
 ) -> None:  # fmt: skip
     """Train a compressed model's factors to give what the dense model gives. Resumes; never worse on held-out text."""

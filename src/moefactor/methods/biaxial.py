@@ -36,8 +36,6 @@ from .mixture import mixed
 from .refine import LayerTokens, refine
 
 NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient"})
-# By the form: mixtures have more to overfit with, one basis less (docs/log.md).
-SHRINKAGE = {"fast": 0.25, "tight": 0.5}
 # Metrics.prior of the prices, from the ratio DOUBTFUL up; below, it falls with the square. What goes first is what no
 # text uses, and doubt would keep it; what goes later is used by some other text.
 DOUBT, DOUBTFUL = 0.1, 0.4
@@ -45,52 +43,55 @@ DOUBT, DOUBTFUL = 0.1, 0.4
 
 def planner(
     layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, ratio: float, multiple: int,
-    seed: int, tick: Callable[[], None], form: FormName = "fast", shrinkage: float = -1.0,
+    seed: int, tick: Callable[[], None], form: FormName = "fast", shrinkage: float = 0.5, doubt: float = -1.0,
     channel_share: float = -1.0, data_free: bool = False,
 ) -> tuple[list[LayerPlan], float]:  # fmt: skip
     """The cheapest plan by estimated loss, and that loss summed over the calibration tokens.
 
     Args:
-        ratio: removed share that the budget stands for. Prices contain the unseen by it (`DOUBT`).
-        shrinkage: see factorise.
+        ratio: removed share that the budget stands for.
+        doubt: weight of the unseen when the budget is spent (Metrics.prior); negative: DOUBT, by the ratio. See
+            factorise for `shrinkage`.
         channel_share: share of every layer's channels to take out; negative: the best of a grid, layer by layer.
     """
+    if doubt < 0:
+        doubt = DOUBT * min(1.0, ratio / DOUBTFUL) ** 2
     seen = ((weights, None if data_free else stats) for weights, stats in layers)
     return plan_layers(
-        seen, budget, form=form, multiple=multiple, seed=seed, fit_prior=_shrinkage(shrinkage, form),
-        plan_prior=DOUBT * min(1.0, ratio / DOUBTFUL) ** 2, channel_share=channel_share, tick=tick,
+        seen, budget, form=form, multiple=multiple, seed=seed, fit_prior=_fraction("shrinkage", shrinkage),
+        plan_prior=_fraction("doubt", doubt), channel_share=channel_share, tick=tick,
     )  # fmt: skip
 
 
 def factorise(
-    weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, form: FormName = "fast",
-    shrinkage: float = -1.0, steps: int = 600, data_free: bool = False,
+    weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, shrinkage: float = 0.5,
+    steps: int = 600, data_free: bool = False,
 ) -> CompressedExperts:  # fmt: skip
     """The layer from its statistics alone.
 
     Args:
-        shrinkage: weight of the unseen in the fits, 0 to 1 (Metrics.prior); negative: SHRINKAGE of the form. Text
-            unlike what the model will read wants more.
+        shrinkage: weight of the unseen in the fits, 0 to 1 (Metrics.prior). Text unlike what the model will read
+            wants more.
         steps: of the solver of mixtures.
     """
     layer = weights.layer
-    cut = _cut(weights, None if data_free else stats, plan, _shrinkage(shrinkage, form))
+    cut = _cut(weights, None if data_free else stats, plan, shrinkage)
     name = layer.first_stack
-    first_form = plan.forms[name]
+    form = plan.forms[name]
     rows, tensors, curves = cut.first_rows(), {}, {}
     rebuilt = rows
-    if isinstance(first_form, Latent):
-        basis = cut.first_directions()[1][: first_form.rank]
+    if isinstance(form, Latent):
+        basis = cut.first_directions()[1][: form.rank]
         rows = [weighted_least_squares(w, basis, cut.metrics.input(e)) for e, w in enumerate(rows)]
         rebuilt = [a @ basis for a in rows]
         tensors[f"{name}_basis"] = basis
-    elif isinstance(first_form, BasisMixture):
-        solution, experts = fit_mixture(mixture_problem(cut, "first"), first_form.bases, first_form.rank, steps, seed)
+    elif isinstance(form, BasisMixture):
+        solution, experts = fit_mixture(mixture_problem(cut, "first"), form.bases, form.rank, steps, seed)
         tensors[f"{name}_basis"], tensors[f"{name}_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
         rebuilt = [experts[e][: len(w)].double() for e, w in enumerate(rows)]
         rows = [solution.private[e][: len(w)] for e, w in enumerate(rows)]
         curves[name] = solution.curve
-    tensors[_private(first_form, name)] = torch.cat(rows)
+    tensors[_private(form, name)] = torch.cat(rows)
     down_form = plan.forms["down"]
     if isinstance(down_form, BasisMixture):
         solution, _ = fit_mixture(mixture_problem(cut, "down"), down_form.bases, down_form.rank, steps, seed)
@@ -106,10 +107,10 @@ def factorise(
 
 def refit(
     weights: ExpertWeights, stats: LayerStats, compressed: CompressedExperts, tokens: LayerTokens, plan: LayerPlan, *,
-    seed: int, form: FormName = "fast", shrinkage: float = -1.0, refine_steps: int = 150,
+    seed: int, shrinkage: float = 0.5, refine_steps: int = 150,
 ) -> CompressedExperts:  # fmt: skip
     """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py."""
-    cut = _cut(weights, stats, plan, _shrinkage(shrinkage, form))
+    cut = _cut(weights, stats, plan, shrinkage)
     first = compressed.stack(cut.metrics.first.name)
     for expert, (moment, cross) in enumerate(tokens.down_moments(first, compressed.tensors.get("first_bias"))):
         k = len(cut.kept[expert])
@@ -124,7 +125,7 @@ def refit(
 
 
 def _cut(weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, shrinkage: float) -> Cut:
-    metrics = Metrics(weights, stats, shrinkage)
+    metrics = Metrics(weights, stats, _fraction("shrinkage", shrinkage))
     return Cut.of(metrics, metrics.prices(), list(ragged_of(plan.forms["down"]).widths))
 
 
@@ -148,10 +149,10 @@ def _down_tensors(cut: Cut, plan: LayerPlan, tensors: dict[str, Tensor]) -> dict
     return {_private(form, "down"): torch.cat(rows)}
 
 
-def _shrinkage(value: float, form: FormName) -> float:
-    if value > 1:
-        raise UserError(f"biaxial: shrinkage must be at most 1 (negative: by the form), found {value}.")
-    return SHRINKAGE[form] if value < 0 else value
+def _fraction(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise UserError(f"biaxial: {name} must be from 0 to 1, found {value}.")
+    return value
 
 
 METHOD = Method(
