@@ -254,7 +254,7 @@ def seen(kind: str = "gated", count: int = 1) -> list[tuple[ExpertWeights, Layer
     return [(weights, only(random_stats(weights), NEEDS)) for weights in drawn]
 
 
-@pytest.mark.parametrize("form", ["fast", "tight"])
+@pytest.mark.parametrize("form", ["fast", "linear", "tight"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_plan_meets_the_budget_and_counts_what_it_stores(kind: str, form: str, quick: None) -> None:
     ((weights, stats),) = seen(kind)
@@ -269,7 +269,8 @@ def test_the_plan_meets_the_budget_and_counts_what_it_stores(kind: str, form: st
         assert result.parameter_count() == plan.parameter_count()
         assert all(torch.isfinite(tensor).all() for tensor in result.tensors.values())
         losses.append(loss)
-        assert form == "tight" or not any(isinstance(f, BasisMixture) for f in plan.forms.values())
+        mixing = {f.activation for f in plan.forms.values() if isinstance(f, BasisMixture)}
+        assert mixing <= {"fast": set(), "linear": {"identity"}, "tight": {"silu"}}[form]
     # A layer this small can take the same row of its table for two budgets; channels bought back are not counted.
     assert all(fewer >= more > 0 for fewer, more in itertools.pairwise(losses)), losses
     assert losses[0] > 2 * losses[-1]
@@ -282,13 +283,14 @@ def test_doubt_falls_with_the_square_of_the_ratio_below_forty_per_cent(quick: No
     assert planned(layers, 0.8)[1] < planned(layers, 0.8, doubt=0.1)[1]  # what goes is what nobody used
 
 
-def test_one_budget_over_layers(quick: None) -> None:
+@pytest.mark.parametrize("form", ["linear", "tight"])
+def test_one_budget_over_layers(form: str, quick: None) -> None:
     """Within a percent; more goes to the layer whose loss is steeper; a mixture where it pays."""
     (first, quiet), (second, loud) = seen(count=2)
     loud = replace(loud, first_gradient=100 * loud.first_gradient, output_gradient=100 * loud.output_gradient)
     total, losses, used = 2 * first.layer.parameter_count, [], set()
     for keep in (0.3, 0.4, 0.7):
-        plans, loss = planned([(first, quiet), (second, loud)], keep, form="tight")
+        plans, loss = planned([(first, quiet), (second, loud)], keep, form=form)
         small, large = (plan.parameter_count() for plan in plans)
         assert 0.99 * int(keep * total) <= small + large <= int(keep * total)
         assert small < large
@@ -298,7 +300,7 @@ def test_one_budget_over_layers(quick: None) -> None:
     assert BasisMixture in used
 
 
-@pytest.mark.parametrize(("form", "multiple"), [("fast", 4), ("tight", 4), ("fast", 5)])
+@pytest.mark.parametrize(("form", "multiple"), [("fast", 4), ("linear", 4), ("tight", 4), ("fast", 5)])
 def test_ranks_come_in_multiples(form: str, multiple: int, quick: None) -> None:
     ranks = []
     for keep in (0.3, 0.5):
@@ -339,7 +341,7 @@ def test_the_highest_ratio_can_be_had(kind: str) -> None:
 
 
 def test_data_free_reads_no_statistics(weights: ExpertWeights, stats: LayerStats, quick: None) -> None:
-    for form in ("fast", "tight"):
+    for form in ("fast", "linear", "tight"):
         (blind,), loss = planned([(weights, None)], 0.4, form=form, data_free=True)
         (same,), again = planned([(weights, stats)], 0.4, form=form, data_free=True)
         assert blind == same != planned([(weights, stats)], 0.4, form=form)[0][0]
@@ -461,6 +463,7 @@ def test_a_diagonal_metric_is_a_matrix() -> None:
 # -- factorise ---------------------------------------------------------------------------------------------------------
 
 NONE, BASIS, MIXTURE = Candidate(0, 0), Candidate(0, 0, rank=9), Candidate(0, 0, rank=7, bases=3)
+LINEAR = replace(MIXTURE, activation="identity")
 UNEVEN = (16, 0, 5, 12, 16, 3, 1, 9)
 
 
@@ -472,8 +475,8 @@ def in_float64(result: CompressedExperts) -> CompressedExperts:
     return replace(result, tensors={name: tensor.double() for name, tensor in result.tensors.items()})
 
 
-@pytest.mark.parametrize("down", [NONE, BASIS, MIXTURE], ids=["whole", "basis", "mixture"])
-@pytest.mark.parametrize("first", [NONE, BASIS, MIXTURE], ids=["whole", "basis", "mixture"])
+@pytest.mark.parametrize("down", [NONE, BASIS, LINEAR, MIXTURE], ids=["whole", "basis", "linear", "mixture"])
+@pytest.mark.parametrize("first", [NONE, BASIS, LINEAR, MIXTURE], ids=["whole", "basis", "linear", "mixture"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_what_is_stored_is_what_was_planned(kind: str, first: Candidate, down: Candidate) -> None:
     ((weights, stats),) = seen(kind)
@@ -519,7 +522,9 @@ def test_a_mixture_of_whole_rank_is_near_exact(weights: ExpertWeights, stats: La
     assert biaxial.factorise(weights, stats, plan, seed=0, steps=100).errors["gate_up"] < 1e-3
 
 
-@pytest.mark.parametrize("chosen", [(BASIS, BASIS), (MIXTURE, MIXTURE)], ids=["basis", "mixture"])
+@pytest.mark.parametrize(
+    "chosen", [(BASIS, BASIS), (LINEAR, LINEAR), (MIXTURE, MIXTURE)], ids=["basis", "linear", "mixture"]
+)
 @pytest.mark.parametrize("trouble", ["unused expert", "no tokens at all", "expert of zeros", "one token"])
 def test_nothing_becomes_nan(trouble: str, chosen: tuple[Candidate, Candidate], quick: None) -> None:
     ((weights, stats),) = seen()
@@ -531,7 +536,7 @@ def test_nothing_becomes_nan(trouble: str, chosen: tuple[Candidate, Candidate], 
         weights = replace(weights, **{k: v.index_fill(0, torch.tensor([1]), 0) for k, v in stacked(weights).items()})
     else:
         assert stats.count[UNUSED] == 0
-    form = "tight" if chosen[0].bases else "fast"
+    form = {BASIS: "fast", LINEAR: "linear", MIXTURE: "tight"}[chosen[0]]
     (found,), loss = planned([(weights, stats)], 0.4, form=form)
     assert 0 <= loss < float("inf")
     for plan in (found, layer_plan(weights.layer, *chosen)):
@@ -628,7 +633,7 @@ def test_the_refit_is_least_squares_on_the_tokens(kind: str) -> None:
     assert after < 0.97 * before
 
 
-CHOICES = {"whole": (NONE, NONE), "basis": (BASIS, BASIS), "mixture": (MIXTURE, MIXTURE)}
+CHOICES = {"whole": (NONE, NONE), "basis": (BASIS, BASIS), "linear": (LINEAR, LINEAR), "mixture": (MIXTURE, MIXTURE)}
 
 
 def held_out_error(tokens: LayerTokens, compressed: CompressedExperts) -> float:
@@ -731,7 +736,9 @@ def test_tight_beats_plain_svd_on_the_reference_model(
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron_h"])
-@pytest.mark.parametrize("options", [{"form": "tight", "steps": 5, "refine_steps": 3}, {"data_free": True}])
+@pytest.mark.parametrize(
+    "options", [{"form": f, "steps": 5, "refine_steps": 3} for f in ("linear", "tight")] + [{"data_free": True}]
+)
 def test_what_is_loaded_is_what_the_factors_stand_for(
     kind: str, options: dict, tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path, quick: None,
 ) -> None:  # fmt: skip

@@ -455,3 +455,24 @@ MIXTURE = {"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu",
 def test_a_form_that_can_not_be_is_refused(data: dict, message: str) -> None:
     with pytest.raises(UserError, match=f"^here: .*{message}"):
         form_from_json(data, experts=3, width=4, hidden=5, where="here")
+
+
+@pytest.mark.parametrize("widths", [(), (2, 0, 4, 3, 1, 4)], ids=["whole", "ragged"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_linear_mixture_of_few_bases_is_never_rebuilt(
+    groups: int, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many bases as experts a token, or fewer: the bases work on tokens, whatever their number."""
+    form = BasisMixture(6, 4, 5, bases=2 // groups, rank=3, activation="identity", groups=groups, widths=widths)
+    generator = torch.Generator().manual_seed(0)
+    factors = {name: torch.randn(shape, generator=generator) for name, shape in form.shapes().items()}
+    experts = [form.dense(factors, expert) for expert in range(6)]
+    monkeypatch.setattr(BasisMixture, "expert_bases", lambda *_: pytest.fail("rebuilt"))
+    for count in (1, 3, 64):
+        ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(count)])
+        routing = Routing(ids, torch.rand(count, 2, generator=generator), 6)
+        tokens = torch.randn(count, 5, generator=generator)
+        rows = torch.stack([experts[e] @ tokens[t] for e, t in zip(routing.expert, routing.token, strict=True)])
+        torch.testing.assert_close(form.read(factors, tokens, routing), rows)
+        outs = torch.stack([row @ experts[e] for e, row in zip(routing.expert, rows, strict=True)])
+        torch.testing.assert_close(form.write_combined(factors, rows, routing), routing.combine(outs))

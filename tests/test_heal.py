@@ -158,6 +158,19 @@ def test_a_healing_that_diverges_leaves_the_model_as_it_was(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.fixture
+def hasty(job: dict) -> dict:
+    """At a rate far too high."""
+    return job | {"rate": 10.0, "steps": 24}
+
+
+def test_a_rate_that_is_too_high_is_lowered(hasty: dict) -> None:
+    healing = moefactor.heal(**hasty)
+    (_, start), *looks = healing.validation
+    assert max(value for _, value in looks) > heal_module.OVERSHOT * start
+    assert min(value for _, value in looks) < 0.9 * start
+
+
 class Killed(Exception):
     pass
 
@@ -203,6 +216,12 @@ def test_killed_and_started_again_gives_the_same_bytes(job: dict, straight: Call
     assert set(steps) == {0, 5, 6, 7, 8}  # the fifth was lost, the first four were not
     assert digests(job["output"]) == straight(job)
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def test_killed_after_its_rate_was_lowered(hasty: dict, straight: Callable) -> None:
+    stop(hasty, steps=9)
+    moefactor.heal(**hasty)
+    assert digests(hasty["output"]) == straight(hasty)
 
 
 def test_killed_while_its_state_is_written(

@@ -6,7 +6,8 @@ and the norms before them; everything else stays as it is. Learning rates are fr
 square: one rate for all diverges, since factors differ in scale by orders of magnitude.
 
 Some windows of the text are held out. The state that is best on them is what is written, the unhealed one among the
-candidates; training stops when it has not become better for a while. A killed run goes on from its last look.
+candidates. Training that makes them much worse than unhealed goes back and on at a third of the rate; it stops when they
+have not become better for a while. A killed run goes on from its last look.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ LAYERS = 3.0  # weight of the layers' relative squared errors beside the diverge
 LOGITS = 1 << 26  # entries of the logits in memory at once
 HELD_OUT = 32  # windows, at most a tenth of the text
 LOOK = 50  # steps between looks at them
+OVERSHOT = 1.25  # times the divergence at the start: the rate was too high
 PATIENCE = 8  # looks without a better state before it stops
 WARMUP = 40
 OWN_WINDOWS = 1024  # that the dense model writes where the text is its own
@@ -227,6 +229,8 @@ class _Healing:
         now = self._held_out(held)
         if now < min(value for _, value in self.validation):
             self.best, self.best_step = {n: p.detach().clone() for n, p in self.parameters.items()}, self.step
+        elif not now <= OVERSHOT * self.validation[0][1]:
+            self._slow_down()
         self.validation.append((self.step, now))
         state = {
             "key": key, "step": self.step, "best_step": self.best_step, "validation": self.validation,
@@ -238,8 +242,17 @@ class _Healing:
         torch.save(state, partial)
         os.replace(partial, self.file)
 
+    @torch.no_grad()
+    def _slow_down(self) -> None:
+        """Much worse than unhealed: back to the best state, at a third of the rate."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
+        self.optimiser.state.clear()
+        self.schedule.base_lrs = [rate / 3 for rate in self.schedule.base_lrs]
+        for group in self.optimiser.param_groups:
+            group["lr"] /= 3
+
     def _stuck(self) -> bool:
-        # NaN is no better than anything, so a run that diverges stops here too.
         return self.step - self.best_step >= PATIENCE * LOOK
 
     def _left(self, key: str) -> dict | None:

@@ -56,14 +56,17 @@ class Routing:
         """Each expert's rows. All at once: a slice apiece would cost a backward pass as many gradients of the whole."""
         return pairs.split([end - start for start, end in self.bounds])
 
+    def by_token(self, pairs: Tensor) -> Tensor:
+        """(pairs, …) in the experts' order -> (T, k, …)."""
+        return pairs.index_select(0, self._places).unflatten(0, (self.tokens, self.top_k))
+
     def combine(self, pairs: Tensor) -> Tensor:
         """Σ over a token's experts of weight · row: (pairs, H) -> (tokens, H).
 
         Reshape and sum rather than index_add_: deterministic on CUDA, float32 accumulation in bfloat16.
         """
         weighted = pairs * self.weight.unsqueeze(-1).to(pairs.dtype)
-        by_token = weighted.index_select(0, self._places)
-        return by_token.view(self.tokens, self.top_k, pairs.shape[-1]).sum(dim=1)
+        return self.by_token(weighted).sum(dim=1)
 
 
 def grouped_linear(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:

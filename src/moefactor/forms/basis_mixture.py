@@ -99,25 +99,65 @@ class BasisMixture(Form):
         return factors["private"][expert].T @ basis
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
+        if self._stays_factorised(routing):
+            return self._read_private(factors, self._mixed_latents(factors, tokens, routing), routing)
         parts = []
         for experts, window, offsets in self._hit(routing):
             basis = self.expert_bases(factors, experts)
             latent = grouped_linear(tokens.index_select(0, routing.token[window]), basis.transpose(1, 2), offsets)
-            parts.append(latent if self._ragged else grouped_linear(latent, factors["private"][experts], offsets))
-        rows = torch.cat(parts) if parts else tokens.new_zeros(0, self.rank if self._ragged else self.width)
-        return self._ragged.read_rows({"weight": factors["private"]}, rows, routing) if self._ragged else rows
+            parts.append(latent)
+        return self._read_private(factors, torch.cat(parts) if parts else tokens.new_zeros(0, self.rank), routing)
+
+    def _read_private(self, factors: Factors, latents: Tensor, routing: Routing) -> Tensor:
+        """(pairs, r) -> (pairs, width)."""
+        if self._ragged:
+            return self._ragged.read_rows({"weight": factors["private"]}, latents, routing)
+        return grouped_linear(latents, factors["private"], routing.offsets)
+
+    def _write_private(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
+        """(pairs, width) -> (pairs, r)."""
+        if self._ragged:
+            return self._ragged.write({"weight": factors["private"]}, activations, routing)
+        return grouped_linear(activations, factors["private"].transpose(1, 2), routing.offsets)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        latents = self._ragged.write({"weight": factors["private"]}, activations, routing) if self._ragged else None
-        parts = []
+        latents, parts = self._write_private(factors, activations, routing), []
         for experts, window, offsets in self._hit(routing):
-            if latents is None:
-                private = factors["private"][experts].transpose(1, 2)
-                latent = grouped_linear(activations[window], private, offsets)
-            else:
-                latent = latents[window]
-            parts.append(grouped_linear(latent, self.expert_bases(factors, experts), offsets))
+            parts.append(grouped_linear(latents[window], self.expert_bases(factors, experts), offsets))
         return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
+
+    def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
+        if not self._stays_factorised(routing):
+            return routing.combine(self.write(factors, activations, routing))
+        latents = self._write_private(factors, activations, routing)
+        share = self._mix_by_token(factors, routing) * routing.by_token(routing.weight).unsqueeze(2)
+        latents = share.to(latents.dtype).transpose(1, 2) @ routing.by_token(latents)  # (T, G·m, r)
+        return latents.flatten(1) @ factors["basis"].flatten(0, 2)
+
+    # A linear mixture commutes with the bases, so they can work on tokens, each once, and nothing is rebuilt.
+
+    def _stays_factorised(self, routing: Routing) -> bool:
+        """Whether the bases work on tokens: where they can, and where that is less work than rebuilding them."""
+        if self.activation != "identity" or self.basis_rank:
+            return False
+        pairs = routing.tokens * routing.top_k
+        rebuilding = min(self.experts, pairs) * self.bases + pairs
+        return routing.tokens * self.groups * self.bases <= rebuilding
+
+    def _mixed_latents(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
+        """(pairs, r): Σ_j α_ej B_j x for every pair, in routing's order."""
+        basis = factors["basis"].flatten(0, 2)
+        latents = (tokens.to(basis.dtype) @ basis.T).view(routing.tokens, -1, self.rank)  # (T, G·m, r)
+        return (self._mix_by_token(factors, routing) @ latents).flatten(0, 1)[routing.order]
+
+    def _mix_by_token(self, factors: Factors, routing: Routing) -> Tensor:
+        """(T, k, G·m): the mixing weights of each token's experts, zero for other groups' bases."""
+        mix = factors["mix"]
+        if self.groups > 1:
+            own = torch.eye(self.groups, dtype=mix.dtype, device=mix.device)
+            own = own.repeat_interleave(self.experts // self.groups, 0)  # (E, G)
+            mix = (own.unsqueeze(2) * mix.unsqueeze(1)).flatten(1)
+        return mix[routing.by_token(routing.expert)]
 
     def _hit(self, routing: Routing) -> Iterator[tuple[list[int], slice, Tensor]]:
         """Runs of experts that have rows, a few at a time, so that bases of the others are never rebuilt."""

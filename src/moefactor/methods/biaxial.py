@@ -2,9 +2,11 @@
 
 Along the *intermediate* axis, private to an expert, channels are taken out; along the *hidden* axis, which experts
 share, bases are kept. What a channel or a direction costs is the loss's second-order rise (metrics.py); how much to
-spend on which, over all layers, is a search over tables of candidates (biaxial_plan.py). Two forms:
+spend on which, over all layers, is a search over tables of candidates (biaxial_plan.py). Three forms:
 
 - `fast`: one linear basis a layer and projection. Nothing is rebuilt at run time.
+- `linear`: where it pays, a mixture of bases, Ŵ_e = A_e · Σ_j α_ej B_j. Each basis works on a token once; nothing is
+  rebuilt either.
 - `tight`: where it pays, a mixture of bases, Ŵ_e = A_e · silu(Σ_j α_ej B_j), gate and up behind one; α is free. The
   lowest loss; bases are rebuilt at run time.
 
@@ -86,7 +88,9 @@ def factorise(
         rebuilt = [a @ basis for a in rows]
         tensors[f"{name}_basis"] = basis
     elif isinstance(form, BasisMixture):
-        solution, experts = fit_mixture(mixture_problem(cut, "first"), form.bases, form.rank, steps, seed)
+        solution, experts = fit_mixture(
+            mixture_problem(cut, "first", form.activation), form.bases, form.rank, steps, seed
+        )
         tensors[f"{name}_basis"], tensors[f"{name}_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
         rebuilt = [experts[e][: len(w)].double() for e, w in enumerate(rows)]
         rows = [solution.private[e][: len(w)] for e, w in enumerate(rows)]
@@ -94,7 +98,8 @@ def factorise(
     tensors[_private(form, name)] = torch.cat(rows)
     down_form = plan.forms["down"]
     if isinstance(down_form, BasisMixture):
-        solution, _ = fit_mixture(mixture_problem(cut, "down"), down_form.bases, down_form.rank, steps, seed)
+        problem = mixture_problem(cut, "down", down_form.activation)
+        solution, _ = fit_mixture(problem, down_form.bases, down_form.rank, steps, seed)
         tensors["down_basis"], tensors["down_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
         curves["down"] = solution.curve
     tensors |= _down_tensors(cut, plan, tensors)

@@ -28,7 +28,8 @@ from .channels import ragged_forms
 from .metrics import Cut, Metrics
 from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
 
-FormName = Literal["fast", "tight"]
+FormName = Literal["fast", "linear", "tight"]
+MIXING = {"linear": "identity", "tight": "silu"}  # form -> activation of its mixtures; `fast` has none
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
 # Corners of the short fits: ranks as multiples of the mean number of channels kept, and bases.
 RANKS = {"first": (0.6, 1.6), "down": (0.5, 1.0)}
@@ -36,19 +37,19 @@ BASES = (2, 8)
 PROBE_STEPS = 60
 MOST_BASES = 64
 FRONT = 100
-ACTIVATION = "silu"
 Corners = list[list[float]]  # log(relative loss) at RANKS × BASES
 RATE = 0.1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a stack can become; rank 0: as it is, bases 0: one linear basis."""
+    """What a stack can become; rank 0: as it is, bases 0: one linear basis.  activation: of a mixture."""
 
     loss: float
     cost: int
     rank: int = 0
     bases: int = 0
+    activation: str = "silu"
 
 
 @dataclass
@@ -122,7 +123,7 @@ def forms_of(layer: ExpertLayer, widths: tuple[int, ...], chosen: dict[str, Cand
         if candidate.bases:
             forms[stack] = BasisMixture(
                 layer.experts, ragged.width, layer.hidden, bases=candidate.bases, rank=candidate.rank,
-                activation=ACTIVATION, widths=widths, halves=ragged.halves,
+                activation=candidate.activation, widths=widths, halves=ragged.halves,
             )  # fmt: skip
         elif candidate.rank:
             inner = replace(ragged, hidden=candidate.rank)
@@ -155,17 +156,19 @@ def _table(
         kept = sum(widths)
         removed, down_energy = _down_costs(believed, cut)
         first_energy = float(sum(energy[e][believed.rows(k)].sum() for e, k in enumerate(cut.kept)))
-        if form == "tight" and not corners:
-            corners = _corners(believed, Cut.of(fitted, prices, _widths(prices, 0.25)), seed)
+        if form in MIXING and not corners:
+            corners = _corners(believed, Cut.of(fitted, prices, _widths(prices, 0.25)), MIXING[form], seed)
         offers = {}
         for stack, halves, directions, whole in (
             (layer.first_stack, fitted.halves, cut.first_directions(believed)[0], first_energy),
             ("down", 1, cut.down_directions(believed)[0], down_energy),
         ):
             offers[stack] = _latents(layer, halves * kept, directions, multiple)
-            if form == "tight":
+            if form in MIXING:
                 side = "down" if stack == "down" else "first"
-                offers[stack] += _mixtures(layer, halves, kept, whole, corners[stack], RANKS[side], multiple)
+                offers[stack] += _mixtures(
+                    layer, halves, kept, whole, corners[stack], RANKS[side], multiple, MIXING[form]
+                )
             offers[stack] = _front(offers[stack])
         rows.append(Row(widths, removed, offers))
     return rows
@@ -200,7 +203,7 @@ def _latents(layer: ExpertLayer, rows: int, directions: Tensor, multiple: int) -
 
 def _mixtures(
     layer: ExpertLayer, halves: int, kept: int, energy: float, corners: Corners, span: tuple[float, float],
-    multiple: int,
+    multiple: int, activation: str,
 ) -> list[Candidate]:  # fmt: skip
     """Mixtures of every rank and number of bases that the corners can speak for."""
     mean = max(kept / layer.experts, 1e-9)
@@ -210,7 +213,7 @@ def _mixtures(
     return [
         Candidate(
             energy * math.exp(min(0.0, _bilinear(corners, span, rank / mean, bases))),
-            halves * kept * rank + bases * (rank * layer.hidden + layer.experts), rank, bases,
+            halves * kept * rank + bases * (rank * layer.hidden + layer.experts), rank, bases, activation,
         )
         for rank in ranks
         for bases in every
@@ -239,14 +242,14 @@ def _bilinear(corners: Corners, span: tuple[float, float], rank: float, bases: i
     return (1 - a) * ((1 - b) * few_low + b * many_low) + a * ((1 - b) * few_high + b * many_high)
 
 
-def _corners(believed: Metrics, cut: Cut, seed: int) -> dict[str, Corners]:
+def _corners(believed: Metrics, cut: Cut, activation: str, seed: int) -> dict[str, Corners]:
     """log(relative loss) of short fits at RANKS × BASES, for each stack."""
     layer = believed.layer
     mean = sum(len(k) for k in cut.kept) / layer.experts
 
     def corners(side: str) -> Corners:
         rows = cut.first_rows() if side == "first" else cut.down
-        problem = mixture_problem(cut, side)
+        problem = mixture_problem(cut, side, activation)
         whole = max(_cost_of(believed, cut, side, rows), 1e-30)
 
         def relative(span: float, bases: int) -> float:
@@ -275,7 +278,7 @@ def _cost_of(metrics: Metrics, cut: Cut, side: str, changes: list[Tensor]) -> fl
 # -- mixtures ----------------------------------------------------------------------------------------------------------
 
 
-def mixture_problem(cut: Cut, side: str) -> Problem:
+def mixture_problem(cut: Cut, side: str, activation: str) -> Problem:
     """What a mixture is fitted to: the rows left of each expert, zeros behind them, in the metrics of the cut."""
     metrics = cut.metrics
     if side == "first":
@@ -296,7 +299,7 @@ def mixture_problem(cut: Cut, side: str) -> Problem:
     lefts = lefts / lefts.abs().max().clamp(min=1e-30)
     rights = rights / rights.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
     level = float(level.clamp(min=1e-12))
-    return Problem(padded / level, ACTIVATION, right=rights, left=lefts.float(), level=level)
+    return Problem(padded / level, activation, right=rights, left=lefts.float(), level=level)
 
 
 def fit_mixture(problem: Problem, bases: int, rank: int, steps: int, seed: int) -> tuple[Solution, Tensor]:
@@ -306,11 +309,12 @@ def fit_mixture(problem: Problem, bases: int, rank: int, steps: int, seed: int) 
         one_hot(len(problem.weights), bases, noise=0.05, seed=seed).to(problem.weights),
     ]
     solution = solve(
-        problem, lambda p: mixed(p[1], p[0], ACTIVATION), start, solver="varpro", steps=steps, rates=[RATE, RATE]
-    )
+        problem, lambda p: mixed(p[1], p[0], problem.activation), start, solver="varpro", steps=steps,
+        rates=[RATE, RATE],
+    )  # fmt: skip
     solution.private = solution.private * problem.level
     basis, mix = solution.parameters
-    return solution, solution.private @ mixed(mix, basis, ACTIVATION)
+    return solution, solution.private @ mixed(mix, basis, problem.activation)
 
 
 # -- spending ----------------------------------------------------------------------------------------------------------
