@@ -2,6 +2,7 @@
 
     python benchmarks/healing.py                                   fast form, 40 and 60 %, 2 M tokens, both texts
     python benchmarks/healing.py --ratios 0.6 --tokens 10000000 --calibrations like
+    python benchmarks/healing.py --form linear --samples 1024 --refine-steps 600    from a better start
 
 Columns as in quality.py. Prints a table as it goes and writes JSON (default results/healing.json); rows already there
 are not run again.
@@ -25,8 +26,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--ratios", default="0.4,0.6")
     parser.add_argument("--calibrations", default="like,unlike")
-    parser.add_argument("--form", default="fast", choices=("fast", "tight"))
+    parser.add_argument("--form", default="fast", choices=("fast", "linear", "tight"))
     parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--samples", type=int, default=256, help="windows to calibrate on")
+    parser.add_argument("--refine-steps", type=int, default=150)
     parser.add_argument("--output", type=Path, default=Path("results/healing.json"))
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -39,20 +42,21 @@ def main() -> None:
     for ratio in map(float, arguments.ratios.split(",")):
         for text in arguments.calibrations.split(","):
             key = f"{arguments.form}/{ratio}/{text}/{arguments.tokens}"
+            options = {"form": arguments.form, "samples": arguments.samples, "refine_steps": arguments.refine_steps}
             if key not in results:
-                results[key] = run(ratio, arguments.data, text, arguments.form, arguments.tokens)
+                results[key] = run(ratio, arguments.data, text, arguments.tokens, options)
                 arguments.output.write_text(json.dumps(results, indent=1))
             for state, row in results[key].items():
                 label = f"{arguments.form}, {state}, {arguments.tokens / 1e6:g} M tokens"
                 print(line(label, ratio, text, row, results["dense"]), flush=True)
 
 
-def run(ratio: float, data: Path, text: str, form: str, tokens: int) -> dict:
+def run(ratio: float, data: Path, text: str, tokens: int, options: dict) -> dict:
     source = str(data / CALIBRATIONS[text])
     with tempfile.TemporaryDirectory() as folder:
         plain, healed = Path(folder) / "plain", Path(folder) / "healed"
         started = time.perf_counter()
-        moefactor.compress(str(MODEL), "biaxial", ratio, plain, calibration=source, seqlen=256, form=form)
+        moefactor.compress(str(MODEL), "biaxial", ratio, plain, calibration=source, seqlen=256, **options)
         middle = time.perf_counter()
         report = moefactor.heal(plain, str(MODEL), healed, steps=-(-tokens // BATCH), text=source, seqlen=256)
         end = time.perf_counter()

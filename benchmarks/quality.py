@@ -57,6 +57,7 @@ METHODS = {
     "reap": ("reap", {}),
     "channels": ("channels", {}),
     "biaxial, fast": ("biaxial", {"form": "fast"}),
+    "biaxial, linear": ("biaxial", {"form": "linear"}),
     "biaxial, tight": ("biaxial", {"form": "tight"}),
     "biaxial, tight, data-free": ("biaxial", {"form": "tight", "data_free": True}),
 }
@@ -93,6 +94,7 @@ PARTS = {
     "no shrinkage": ("biaxial", {"form": "tight", "shrinkage": 0}),
     "no doubt": ("biaxial", {"form": "tight", "doubt": 0}),
     "no channels out": ("biaxial", {"form": "tight", "channel_share": 0}),
+    "linear": ("biaxial", {"form": "linear"}),
     "fast": ("biaxial", {"form": "fast"}),
     "fast, not refined": ("biaxial", {"form": "fast", "refine_steps": 0}),
 }

@@ -86,16 +86,20 @@ def plans(layer: ExpertLayer) -> dict[str, LayerPlan]:
         "channels, one width": narrow,
     }
 
-    def biaxial(bases: int) -> dict[str, Form]:
+    def biaxial(bases: int, activation: str = "silu") -> dict[str, Form]:
         """A quarter of the channels out, down as it is otherwise, the rest of the budget for gate and up."""
         widths = tuple(width if e < 0.6 * experts else int(0.4 * width) // 8 * 8 for e in range(experts))
         kept, left = sum(widths), KEPT * 3 * experts * width * hidden - sum(widths) * hidden
         rank = int(left / (2 * kept + max(1, bases) * hidden)) // 8 * 8
-        chosen = {"gate_up": Candidate(0.0, 0, min(rank, hidden, 2 * width), bases)}
+        chosen = {"gate_up": Candidate(0.0, 0, min(rank, hidden, 2 * width), bases, activation)}
         return forms_of(layer, widths, chosen)
 
     made = {name: both(make) for name, make in rows.items()}
-    made |= {"biaxial, fast": biaxial(0), "biaxial, tight": biaxial(4)}
+    made |= {
+        "biaxial, fast": biaxial(0),
+        "biaxial, linear": biaxial(4, "identity"),
+        "biaxial, tight": biaxial(4),
+    }
     return {name: LayerPlan(layer, forms) for name, forms in made.items()}
 
 

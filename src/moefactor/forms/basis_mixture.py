@@ -2,6 +2,9 @@
 
 MoBE (arXiv 2508.05257) with full bases, SLBF with bases of low rank, B_j = U_j V_j, biaxial with experts that kept
 their own number of channels.
+
+With f the identity, A_eᵀ Σ_j α_ej (B_j x): each basis works on a token once, for all of its experts, and no weight is
+rebuilt. Only a batch with many more tokens than experts, or a mixture of many bases, is cheaper with rebuilt bases.
 """
 
 from __future__ import annotations
@@ -133,8 +136,6 @@ class BasisMixture(Form):
         share = self._mix_by_token(factors, routing) * routing.by_token(routing.weight).unsqueeze(2)
         latents = share.to(latents.dtype).transpose(1, 2) @ routing.by_token(latents)  # (T, G·m, r)
         return latents.flatten(1) @ factors["basis"].flatten(0, 2)
-
-    # A linear mixture commutes with the bases, so they can work on tokens, each once, and nothing is rebuilt.
 
     def _stays_factorised(self, routing: Routing) -> bool:
         """Whether the bases work on tokens: where they can, and where that is less work than rebuilding them."""
