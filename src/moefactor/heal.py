@@ -6,8 +6,8 @@ and the norms before them; everything else stays as it is. Learning rates are fr
 square: one rate for all diverges, since factors differ in scale by orders of magnitude.
 
 Some windows of the text are held out. The state that is best on them is what is written, the unhealed one among the
-candidates. Training that makes them much worse than unhealed goes back and on at a third of the rate; it stops when they
-have not become better for a while. A killed run goes on from its last look.
+candidates. Training that makes them much worse than unhealed goes back and on at a third of the rate; it stops when
+they have not become better for a while. A killed run goes on from its last look.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class FactorisedExperts(nn.Module):
     """Routed experts kept as factors: `experts(x, top_k_index, top_k_weights)`, routing already done.
 
     Parameters are `{stack}_{tensor}` of the plan's forms, plus `first_bias` and `down_bias` where the model has biases.
-    No dense expert is built for one basis, low rank and linear mixtures; other forms rebuild at most those that were hit.
+    No dense expert is built for one basis, low rank and linear mixtures; other forms rebuild at most those hit.
     """
 
     def __init__(self, plan: LayerPlan, dtype: torch.dtype):
