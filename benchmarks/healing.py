@@ -2,7 +2,7 @@
 
     python benchmarks/healing.py                                   fast form, 40 and 60 %, 2 M tokens, both texts
     python benchmarks/healing.py --ratios 0.6 --tokens 10000000 --calibrations like
-    python benchmarks/healing.py --form linear --samples 1024 --refine-steps 600    from a better start
+    python benchmarks/healing.py --form linear samples=1024 refine_steps=600       from a better start
 
 Columns as in quality.py. Prints a table as it goes and writes JSON (default results/healing.json); rows already there
 are not run again.
@@ -28,10 +28,10 @@ def main() -> None:
     parser.add_argument("--calibrations", default="like,unlike")
     parser.add_argument("--form", default="fast", choices=("fast", "linear", "tight"))
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--samples", type=int, default=256, help="windows to calibrate on")
-    parser.add_argument("--refine-steps", type=int, default=150)
+    parser.add_argument("options", nargs="*", help="of compress, as name=number", metavar="OPTION=NUMBER")
     parser.add_argument("--output", type=Path, default=Path("results/healing.json"))
     arguments = parser.parse_args()
+    options = {name: json.loads(value) for name, _, value in (option.partition("=") for option in arguments.options)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if "dense" not in results:
@@ -41,10 +41,10 @@ def main() -> None:
     )
     for ratio in map(float, arguments.ratios.split(",")):
         for text in arguments.calibrations.split(","):
-            key = f"{arguments.form}/{ratio}/{text}/{arguments.tokens}"
-            options = {"form": arguments.form, "samples": arguments.samples, "refine_steps": arguments.refine_steps}
+            key = "/".join(map(str, (arguments.form, ratio, text, arguments.tokens, *arguments.options)))
             if key not in results:
-                results[key] = run(ratio, arguments.data, text, arguments.tokens, options)
+                chosen = options | {"form": arguments.form}
+                results[key] = run(ratio, arguments.data, text, arguments.tokens, chosen)
                 arguments.output.write_text(json.dumps(results, indent=1))
             for state, row in results[key].items():
                 label = f"{arguments.form}, {state}, {arguments.tokens / 1e6:g} M tokens"

@@ -158,6 +158,26 @@ def test_a_healing_that_diverges_leaves_the_model_as_it_was(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize(("method", "share"), [("svd", 1.0), ("slbf", heal_module.MIXTURES)])
+def test_mixtures_move_in_smaller_steps(
+    method: str, share: float, compressed: Callable[..., Path], job: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's first step is the rate itself: a fraction of each tensor's root mean square."""
+    monkeypatch.setattr(heal_module, "WARMUP", 1)
+    student = compressed("qwen3_moe", method, 0.15)
+    healing = moefactor.heal(**job | {"student": student, "steps": 1, "rate": 0.01})
+    assert healing.best_step == 1
+    expected = share * 0.01 * healing.validation[0][1] ** 0.5
+    after = on_disk(job["output"])
+    steps = [
+        float((after[name] - old).abs().max() / old.square().mean().sqrt())
+        for name, old in on_disk(student).items()
+        if ".mlp.experts." in name and not torch.equal(old, after[name])
+    ]
+    assert steps
+    assert steps == pytest.approx([expected] * len(steps), rel=0.05)
+
+
 @pytest.fixture
 def hasty(job: dict) -> dict:
     """At a rate far too high."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, file_digest, refuse_existing, resolve
 from .errors import UserError
+from .forms import BasisMixture
 from .progress import Progress, Steps, silent
 from .runtime.experts import FactorisedExperts
 from .runtime.transformers import load
@@ -34,6 +35,7 @@ STAGE = "heal"
 # Of each tensor's root mean square and of the square root of the divergence at the start, nats: as far as the model is
 # from the dense one, so far its factors have to go.
 RATE = 0.02
+MIXTURES = 1 / 3  # of that where experts mix bases: a weight moves with its factor, with the mixing and with every base
 BATCH = 2048  # tokens a step
 LAYERS = 3.0  # weight of the layers' relative squared errors beside the divergence
 LOGITS = 1 << 26  # entries of the logits in memory at once
@@ -94,6 +96,8 @@ def heal(
         raise UserError(f"{text}: {len(every)} windows of {length} tokens are too few to heal on; 10 at least.")
     held, seen = every[order[:aside].sort().values], every[order[aside:].sort().values]
     names = trainable(model, held[:1].to(device))
+    if any(isinstance(form, BasisMixture) for block in blocks for form in block.forms.values()):
+        rate *= MIXTURES
     job = _Healing(model, dense, names, seen, steps, rate, seed, _run_of(output, run))
     files = sorted(set(Checkpoint(folder).files.values()))
     about = [*map(file_digest, files), steps, rate, seed, length, hashlib.sha256(every.numpy().tobytes()).hexdigest()]
