@@ -179,6 +179,69 @@ def test_mixtures_move_in_smaller_steps(
 
 
 @pytest.fixture
+def training(
+    student: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> Callable[[Tensor], heal_module._Healing]:
+    """The training on some windows, before its first step."""
+
+    def make(seen: Tensor) -> heal_module._Healing:
+        model, dense = load(student), load(tiny_model("qwen3_moe"))
+        return heal_module._Healing(model, dense, [], seen, steps=100, rate=0.01, seed=3, run=tmp_path)
+
+    return make
+
+
+def at(training: heal_module._Healing, step: int) -> Tensor:
+    training.step = step
+    return training._windows()
+
+
+def test_the_first_pass_reads_the_text_as_it_is(training: Callable) -> None:
+    seen = torch.arange(32 * SEQLEN).view(32, SEQLEN) % 96
+    job = training(seen)
+    read = torch.cat([at(job, step) for step in range(4)])
+    assert sorted(read.tolist()) == sorted(seen.tolist())
+    assert not torch.equal(read, seen)
+
+
+def test_later_passes_read_it_elsewhere_and_in_part_redrawn(
+    training: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = torch.randint(96, (32, SEQLEN), generator=torch.Generator().manual_seed(0))
+    job = training(seen)
+    second = [torch.cat([at(job, step) for step in steps]) for steps in (range(4, 8), range(4, 8), range(8, 12))]
+    assert torch.equal(second[0], second[1])
+    assert not torch.equal(second[0], second[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(heal_module, "REDRAWN", 0.0)
+        plain = torch.cat([at(job, step) for step in range(4, 8)])
+    shifts = [shift for shift in range(SEQLEN) if as_set(seen.flatten().roll(shift).view_as(seen)) == as_set(plain)]
+    assert len(shifts) == 1
+    differ = (second[0] != plain).float().mean().item()  # a few are drawn as they were
+    assert 0.2 < differ < heal_module.REDRAWN + 0.05
+
+
+def as_set(windows: Tensor) -> set[tuple[int, ...]]:
+    return {tuple(window) for window in windows.tolist()}
+
+
+def test_redrawn_tokens_follow_the_dense_model(training: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as it expects them after the tokens of the text, not after other redrawn ones."""
+    monkeypatch.setattr(heal_module, "REDRAWN", 1.0)
+    monkeypatch.setattr(heal_module, "BATCH", 4096 * 4)
+    window = torch.tensor([[5, 17, 3, 60]])
+    job = training(window.expand(4096, 4))
+    drawn = job._redrawn(job.seen)
+    assert (drawn[:, 0] == 5).all()
+    probabilities = job.dense(input_ids=window, use_cache=False).logits[0, :-1].softmax(-1)
+    for place, expected in enumerate(probabilities, start=1):
+        counts = drawn[:, place].bincount(minlength=len(expected))
+        chi = ((counts - 4096 * expected).square() / (4096 * expected)).sum()
+        freedom = len(expected) - 1
+        assert abs(chi - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+@pytest.fixture
 def hasty(job: dict) -> dict:
     """At a rate far too high."""
     return job | {"rate": 10.0, "steps": 24}
