@@ -12,7 +12,7 @@ import pytest
 import moefactor
 
 SOURCE = Path(moefactor.__file__).parent
-NOUNS = {"errors", "progress", "experts", "stats", "linalg", "plan", "allocate", "forms"}
+NOUNS = {"errors", "progress", "experts", "stats", "linalg", "plan", "allocate", "forms", "optimise"}
 VERBS = {
     "inspect",
     "calibrate",
