@@ -771,3 +771,34 @@ def test_bad_options_are_refused(
             calibration=str(text_file), **options,
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_half_of_the_calibration_text_is_the_models_own(
+    tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path, quick: None
+) -> None:
+    """Unless the user says otherwise, or no text is read at all."""
+    how = {"calibration": str(text_file), "samples": 4, "seqlen": 16, "refine_steps": 2}
+
+    def read(name: str, **options: object) -> str:
+        out = moefactor.compress(
+            str(tiny_model("qwen3_moe")),
+            "biaxial",
+            0.3,
+            tmp_path / name,
+            run=tmp_path / f"{name}.run",
+            **how,
+            **options,
+        )
+        calibration = json.loads((out / "compression.json").read_text())["calibration"]
+        assert calibration["samples"] == 4
+        return calibration["sha256"]
+
+    default, half, given = read("default"), read("half", own_text=0.5), read("given", own_text=0.0)
+    assert default == half != given
+    written: list[str] = []
+    moefactor.compress(
+        str(tiny_model("qwen3_moe")), "biaxial", 0.3, tmp_path / "free", data_free=True,
+        progress=lambda stage, *rest: written.append(stage),
+    )  # fmt: skip
+    assert "write" not in written
+    assert set(written) >= {"plan", "factorise"}

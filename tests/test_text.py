@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moefactor.calibrate import Calibration
+from moefactor.calibrate import Calibration, own_share
 from moefactor.errors import UserError
 from moefactor.evaluate import window_losses
+from moefactor.methods import METHODS
 from moefactor.runtime.transformers import load
-from moefactor.streaming import StreamedModel
+from moefactor.streaming import FITS, StreamedModel
 from moefactor.text import (
     load_tokenizer,
     model_length,
@@ -22,6 +23,7 @@ from moefactor.text import (
     sources,
     tokenise,
     windows,
+    with_own,
     write_windows,
 )
 from tiny import tokenizer
@@ -135,15 +137,64 @@ def test_sources(name: str | None, expected: tuple[str | None, bool]) -> None:
     assert sources(name) == expected
 
 
-def test_half_of_the_windows_are_the_models_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "own", "read"), [("{},self", 0.0, 3), ("{}", 0.25, 4), ("{}", 0.99, 1), ("{}", 0.0, 6), ("self", 0.0, 0)]
+)
+def test_a_share_of_the_windows_is_the_models_own(source: str, own: float, read: int, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The company said that it would pay its dividend. " * 200)
     model = StreamedModel(str(REFERENCE))
-    read = Calibration.read(model, str(text), samples=6, seqlen=16)
-    both = Calibration.read(model, f"{text},self", samples=6, seqlen=16)
-    assert sum(len(batch) for batch in both.batches) == 6
+    found = Calibration.read(model, source.format(text), samples=6, seqlen=16, own=own)
     every = tokenise(load_tokenizer(REFERENCE), text.read_text())
     windows_of_text = {tuple(row) for row in windows(every, 16, "").tolist()}
-    known = [tuple(row) in windows_of_text for batch in both.batches for row in batch.tolist()]
-    assert known == [True] * 3 + [False] * 3
-    assert both.description["sha256"] != read.description["sha256"]
+    known = [tuple(row) in windows_of_text for batch in found.batches for row in batch.tolist()]
+    assert known == [True] * read + [False] * (6 - read)
+    alone = Calibration.read(model, str(text), samples=6, seqlen=16)
+    assert (found.description["sha256"] == alone.description["sha256"]) == (read == 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [(None, "self"), ("a.txt", "a.txt,self"), ("self", "self"), ("a.txt,self", "a.txt,self")]
+)
+def test_with_own(name: str | None, expected: str) -> None:
+    assert with_own(name) == expected
+
+
+def test_writing_reports_every_token() -> None:
+    seen: list[tuple[int, int]] = []
+    write_windows(
+        str(REFERENCE), load_tokenizer(REFERENCE), 3, 24, 0, torch.device("cpu"),
+        lambda stage, done, total, detail="": seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(n, 24) for n in range(25)]
+
+
+def test_who_writes_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """biaxial's models do, unless something hinders them or the user says otherwise."""
+    model = StreamedModel(str(REFERENCE))
+    ours, other = METHODS["biaxial"], METHODS["channels"]
+    assert (own_share(ours, model, None), own_share(ours, model, 0.0), own_share(other, model, None)) == (0.5, 0.0, 0.0)
+    assert own_share(other, model, 0.3) == 0.3
+    for share in (-0.1, 1.5):
+        with pytest.raises(UserError, match=f"from 0 to 1, found {share}"):
+            own_share(ours, model, share)
+    with monkeypatch.context() as patch:
+        patch.setattr("moefactor.streaming.FITS", 1e-6)
+        with pytest.warns(UserWarning, match="does not fit in memory"):
+            assert own_share(ours, model, None) == 0
+        assert own_share(other, model, None) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("moefactor.calibrate.start_token", lambda tokenizer: None)
+        with pytest.warns(UserWarning, match="no token that begins a text"):
+            assert own_share(ours, model, None) == 0
+    monkeypatch.setattr(model.reader, "source", object())
+    with pytest.warns(UserWarning, match="is quantised"):
+        assert own_share(ours, model, None) == 0
+
+
+def test_what_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StreamedModel(str(REFERENCE), dtype=torch.float32)
+    weights = 4 * sum(p.numel() for p in load(str(REFERENCE), device="cpu").parameters())
+    for free, fits in ((weights / FITS * 1.01, True), (weights / FITS * 0.99, False)):
+        monkeypatch.setattr("moefactor.streaming.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert model.fits_in_memory() == fits

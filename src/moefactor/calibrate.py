@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .errors import unknown
+from .errors import UserError, unknown
 from .experts import ExpertLayer, ExpertWeights
+from .methods import Method
 from .progress import Progress, Steps, silent
 from .run_folder import RunFolder
 from .stats import GRADIENTS, STATISTICS, LayerStats
 from .streaming import Activations, StreamedModel, Tick
-from .text import load_tokenizer, model_length, read_text, sample_windows, sources, tokenise, write_windows
+from .text import (
+    load_tokenizer,
+    model_length,
+    read_text,
+    sample_windows,
+    sources,
+    start_token,
+    tokenise,
+    write_windows,
+)
 
 STAGE = "calibrate"
 BUILT_IN = "pydoc_data.topics"  # the text that every Python has
+OWN = 0.5  # share of the windows that the model writes itself for `NAME,self`
 
 
 @dataclass(frozen=True)
@@ -35,30 +47,66 @@ class Calibration:
     @classmethod
     def read(
         cls, model: StreamedModel, source: str | None = None, *, samples: int = 256, seqlen: int | None = None,
-        seed: int = 0, batch_size: int = 4,
+        seed: int = 0, batch_size: int = 4, own: float = 0.0, progress: Progress = silent,
     ) -> Calibration:  # fmt: skip
         """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from a text by `seed`.
 
         Args:
             source: file, folder or dataset; None for the text every Python has; `self` for text that the model writes;
-                `NAME,self` for both, at most half of it read and the rest, however short the text, written.
+                `NAME,self` for both.
             batch_size: windows run at a time.
+            own: share of the windows that the model writes itself, and what a short text lacks; `NAME,self` is OWN.
         """
         length = model_length(model.config, seqlen)
-        read, own = sources(source)
+        read, named = sources(source)
+        if named:
+            own = OWN if read else 1.0
         parts, tokenizer, given = [], load_tokenizer(model.folder), 0
-        if read or not own:
+        if own < 1:
             ids = tokenise(tokenizer, read_text(read))
-            most = max(1, samples // 2) if own else samples
+            most = max(1, round((1 - own) * samples))
             parts.append(sample_windows(ids, length, most, seed, read or BUILT_IN))
             given = len(parts[0])
         if own and given < samples:
-            parts.append(write_windows(model.name, tokenizer, samples - given, length, seed, model.device))
+            missing = samples - given
+            parts.append(write_windows(model.name, tokenizer, missing, length, seed, model.device, progress))
         source = source or BUILT_IN
         chosen = torch.cat(parts)
         digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
         description = {"source": source, "samples": len(chosen), "seqlen": length, "seed": seed, "sha256": digest}
         return cls(list(chosen.split(batch_size)), description)
+
+
+def own_share(method: Method, model: StreamedModel, wanted: float | None) -> float:
+    """Share of the calibration windows that the model is to write itself: what was asked for, or the method's own,
+    which is given up with a warning where the model can't write.
+
+    Raises UserError for what is no share.
+    """
+    if wanted is not None:
+        if not 0 <= wanted <= 1:
+            raise UserError(f"--own-text is a share, from 0 to 1, found {wanted}.")
+        return wanted
+    hindrance = _hindrance(model) if method.own_text else None
+    if hindrance:
+        warnings.warn(
+            f"{model.name} {hindrance}, so it writes no calibration text of its own; text of one kind would mislead, "
+            "give it of many. (--own-text 0 says that this is meant.)",
+            stacklevel=2,
+        )
+        return 0.0
+    return method.own_text
+
+
+def _hindrance(model: StreamedModel) -> str | None:
+    """Why a model can't write text, if it can't."""
+    if not model.fits_in_memory():
+        return "does not fit in memory"
+    if model.reader.source is not None:
+        return "is quantised"
+    if start_token(load_tokenizer(model.folder)) is None:
+        return "has no token that begins a text"
+    return None
 
 
 def observe(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .calibrate import Calibration, calibrate
+from .calibrate import Calibration, calibrate, own_share
 from .checkpoint import refuse_existing
 from .factorise import factorise, write_checkpoint
 from .heal import heal as distil
@@ -19,6 +19,7 @@ from .progress import Progress, silent
 from .run_folder import RunFolder
 from .stats import GRADIENTS
 from .streaming import StreamedModel, default_device
+from .text import with_own
 
 
 def compress(
@@ -28,6 +29,7 @@ def compress(
     output: str | Path = "compressed",
     *,
     calibration: str | None = None,
+    own_text: float | None = None,
     samples: int = 256,
     seqlen: int | None = None,
     seed: int = 0,
@@ -49,10 +51,13 @@ def compress(
         output: folder to write; it must not exist.
         calibration: text file, folder or dataset; `self` for text that the model writes, `FILE,self` for half of each;
             None for text that every Python has. `samples` windows of `seqlen` tokens are drawn from it by `seed`.
+        own_text: share of them that the model writes itself, so that text of one kind does not mislead; None for the
+            method's own (biaxial: half, where the model fits in memory).
         sequential: calibrate each layer on what the factorised layers before it give.
         allocation: `uniform`, `score` or `loss`; None for the method's own.
         device: CUDA when there is one unless said otherwise.
-        heal: steps of distillation from the dense model afterwards, see heal.py; both models must fit in memory.
+        heal: steps of distillation from the dense model afterwards, see heal.py; both models must fit in memory. Where
+            the model wrote a share of the calibration text, healing reads text of its own as well.
         run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
             run continues from it when the same call is made again.
 
@@ -66,9 +71,13 @@ def compress(
     completed = chosen.complete(options)
     check_ratio(ratio)
     streamed = StreamedModel(model, default_device() if device is None else device)
-    text = None
+    text, own = None, 0.0
+    if needs_text(chosen, completed):
+        own = own_share(chosen, streamed, own_text)
     if calibration is not None or needs_text(chosen, completed):  # read now: bad text fails before anything is written
-        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
+        text = Calibration.read(
+            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, progress=progress
+        )
     folder = RunFolder(run or output.with_name(output.name + ".run"))
     written = folder.folder / "unhealed" if heal else output
     if written != output:
@@ -79,8 +88,8 @@ def compress(
     )  # fmt: skip
     if heal:
         distil(
-            written, model, output, steps=heal, text=calibration, seqlen=seqlen, seed=seed, device=streamed.device,
-            run=folder.folder, progress=progress,
+            written, model, output, steps=heal, text=with_own(calibration) if own else calibration, seqlen=seqlen,
+            seed=seed, device=streamed.device, run=folder.folder, progress=progress,
         )  # fmt: skip
         shutil.rmtree(written)
     if run is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from psutil import virtual_memory
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -25,6 +26,7 @@ from .forms import Routing
 from .fp8 import Fp8Source
 
 OBSERVED = "moefactor_observed"
+FITS = 0.7  # of the free memory, for the weights: what they work on needs some too
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 Tick = Callable[[], None]
 
@@ -134,6 +136,13 @@ class StreamedModel:
         self.reader = ModelReader(Checkpoint(self.folder), self.model, source)
         self.reader.check_complete()
         self.model.set_experts_implementation(OBSERVED)
+
+    def fits_in_memory(self) -> bool:
+        """Whether the whole model, in the dtype that it is run in, takes at most FITS of what its device has free."""
+        tied = self.model.all_tied_weights_keys
+        count = sum(p.numel() for name, p in self.model.named_parameters() if name not in tied)
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else virtual_memory().available
+        return count * self.dtype.itemsize <= FITS * free
 
     def experts_of(self, decoder_layer: str) -> ExpertLayer | None:
         return next((e for e in self.experts if e.decoder_layer == decoder_layer), None)

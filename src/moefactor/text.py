@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, StoppingCriteriaList
 
 from .errors import UserError
+from .progress import Progress, Steps, silent
 from .runtime.transformers import load
 
 # Name -> (repository, configuration, text column); the splits are train to calibrate on and test to measure on.
@@ -143,17 +144,36 @@ def sources(name: str | None) -> tuple[str | None, bool]:
     return (name.removesuffix("," + OWN), name.endswith("," + OWN)) if name else (None, False)
 
 
+def with_own(name: str | None) -> str:
+    """The same source with text that the model writes beside it; that text alone where none was named."""
+    if sources(name)[1]:
+        return name
+    return f"{name},{OWN}" if name else OWN
+
+
+def start_token(tokenizer: object) -> int | None:
+    """What a text begins after: the first token of a document, or the last of the one before."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
 def write_windows(
-    model_name: str, tokenizer: object, count: int, length: int, seed: int, device: torch.device
+    model_name: str, tokenizer: object, count: int, length: int, seed: int, device: torch.device,
+    progress: Progress = silent,
 ) -> Tensor:  # fmt: skip
     """(count, length) token ids that the model writes itself, sampled as it would say them (temperature 1).
 
     The one text that is sure to be of the kind that it was trained on. The whole model must fit on the device.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = start_token(tokenizer)
     if start is None:
         raise UserError(f"{model_name}: its tokenizer has no token that begins a text, so it can't write any.")
     model = load(model_name, device=device)
+    steps = Steps(progress, "write", -(-count // WRITTEN_AT_ONCE) * length)
+
+    def written_one(ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        steps.tick()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # none of them is done
+
     parts = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -163,6 +183,7 @@ def write_windows(
             written = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, min_new_tokens=length,
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
+                stopping_criteria=StoppingCriteriaList([written_one]),
             )  # fmt: skip
             parts.append(written[:, -length:].cpu())
     return torch.cat(parts)

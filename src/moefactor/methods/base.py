@@ -38,6 +38,7 @@ class Method:
             they are expected to cost, summed over the calibration tokens; `layers` yields (weights, stats or None).
         refit: (weights, stats, compressed, tokens, plan, *, seed, **options) -> CompressedExperts, a second look at
             the layer with the tokens themselves (refine.LayerTokens), where there are any.
+        own_text: share of the calibration windows that the model writes itself unless the user says otherwise.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Method:
     allocation: str = "uniform"
     planner: Callable[..., tuple[list[LayerPlan], float]] | None = None
     refit: Callable[..., CompressedExperts] | None = None
+    own_text: float = 0.0
 
     def needs_to_plan(self, options: dict, allocation: str | None) -> set[str]:
         """Statistics that planning reads; the rule `loss` ranks gains in the norm that factorising will use."""

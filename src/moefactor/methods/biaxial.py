@@ -172,4 +172,5 @@ METHOD = Method(
     factorise_needs=lambda options: set() if options["data_free"] else set(NEEDS),
     planner=planner,
     refit=refit,
+    own_text=0.5,
 )
