@@ -56,7 +56,7 @@ def run(ratio: float, data: Path, text: str, tokens: int, options: dict) -> dict
     with tempfile.TemporaryDirectory() as folder:
         plain, healed = Path(folder) / "plain", Path(folder) / "healed"
         started = time.perf_counter()
-        moefactor.compress(str(MODEL), "biaxial", ratio, plain, calibration=source, seqlen=256, **options)
+        moefactor.compress(str(MODEL), "biaxial", ratio, plain, calibration=source, own_text=0, seqlen=256, **options)
         middle = time.perf_counter()
         report = moefactor.heal(plain, str(MODEL), healed, steps=-(-tokens // BATCH), text=source, seqlen=256)
         end = time.perf_counter()

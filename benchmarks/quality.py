@@ -38,9 +38,10 @@ CALIBRATIONS = {
     "unlike": "calibration-mix.txt",
     "wikitext2": "wikitext2/valid.txt",
     "own": "self",  # written by the model
-    "wikitext2+own": "wikitext2/valid.txt,self",
 }
 THREE = {"projections": "gate,up,down"}
+# biaxial mixes text that the model writes itself into what it is given; here every method sees the same text.
+GIVEN = {"own_text": 0}
 
 # Row -> method and options.
 METHODS = {
@@ -56,9 +57,10 @@ METHODS = {
     "d2moe, frequency base": ("d2moe", {"base": "frequency"}),
     "reap": ("reap", {}),
     "channels": ("channels", {}),
-    "biaxial, fast": ("biaxial", {"form": "fast"}),
-    "biaxial, linear": ("biaxial", {"form": "linear"}),
-    "biaxial, tight": ("biaxial", {"form": "tight"}),
+    "biaxial, fast": ("biaxial", {"form": "fast", **GIVEN}),
+    "biaxial, linear": ("biaxial", {"form": "linear", **GIVEN}),
+    "biaxial, tight": ("biaxial", {"form": "tight", **GIVEN}),
+    "biaxial, half of the text its own": ("biaxial", {"form": "tight"}),
     "biaxial, tight, data-free": ("biaxial", {"form": "tight", "data_free": True}),
 }
 # Measured once: no calibration text has a part in them.
@@ -89,14 +91,14 @@ OPTIONS = {
     "d2moe, a quarter of the base pruned": ("d2moe", {"base": "frequency", "base_pruning": 0.25}),
 }
 PARTS = {
-    "tight": ("biaxial", {"form": "tight"}),
-    "not refined": ("biaxial", {"form": "tight", "refine_steps": 0}),
-    "no shrinkage": ("biaxial", {"form": "tight", "shrinkage": 0}),
-    "no doubt": ("biaxial", {"form": "tight", "doubt": 0}),
-    "no channels out": ("biaxial", {"form": "tight", "channel_share": 0}),
-    "linear": ("biaxial", {"form": "linear"}),
-    "fast": ("biaxial", {"form": "fast"}),
-    "fast, not refined": ("biaxial", {"form": "fast", "refine_steps": 0}),
+    "tight": ("biaxial", {"form": "tight", **GIVEN}),
+    "not refined": ("biaxial", {"form": "tight", "refine_steps": 0, **GIVEN}),
+    "no shrinkage": ("biaxial", {"form": "tight", "shrinkage": 0, **GIVEN}),
+    "no doubt": ("biaxial", {"form": "tight", "doubt": 0, **GIVEN}),
+    "no channels out": ("biaxial", {"form": "tight", "channel_share": 0, **GIVEN}),
+    "linear": ("biaxial", {"form": "linear", **GIVEN}),
+    "fast": ("biaxial", {"form": "fast", **GIVEN}),
+    "fast, not refined": ("biaxial", {"form": "fast", "refine_steps": 0, **GIVEN}),
 }
 TABLES = {"methods": METHODS, "ablation": ABLATION, "options": OPTIONS, "parts": PARTS}
 

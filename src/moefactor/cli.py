@@ -19,7 +19,7 @@ from rich.text import Text as RichText
 
 from . import compress as compress_verb
 from .allocate import RULES
-from .calibrate import Calibration
+from .calibrate import Calibration, own_share
 from .calibrate import calibrate as calibrate_verb
 from .checkpoint import refuse_existing
 from .compare import Contender
@@ -31,7 +31,7 @@ from .export import export_dense
 from .factorise import factorise as factorise_verb
 from .factorise import write_checkpoint
 from .generate import generate as generate_verb
-from .heal import Healing
+from .heal import LABELS, Healing
 from .heal import heal as heal_verb
 from .inspect import inspect as inspect_verb
 from .methods import METHODS, get
@@ -65,6 +65,13 @@ Text = Annotated[
         "'FILE,self': half of each. Default: Python's own language reference, which needs no network; text like what "
         "the model will read does better.",
         show_default=False,
+    ),
+]
+OwnText = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the windows that the model writes itself, so that text of one kind does not mislead.",
+        show_default="0.5 for biaxial where the model fits in memory, else 0",
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Windows of calibration text.", min=1)]
@@ -174,7 +181,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, for its o
 @app.command(context_settings=METHOD_FLAGS)
 def compress(
     context: typer.Context, model: Model, output: Output, method: MethodName = "biaxial", ratio: Ratio = 0.4,
-    calibration: Text = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
+    calibration: Text = None, own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
     sequential: Sequential = True, allocation: Allocation = None, rank_multiple: RankMultiple = None,
     device: Device = None,
     heal: Annotated[
@@ -192,9 +199,9 @@ def compress(
     options = method_options(context.args)
     with Bars() as bars:
         compress_verb(
-            model, method, ratio, output, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
-            sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device, heal=heal,
-            run=run, progress=bars, **options,
+            model, method, ratio, output, calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen,
+            seed=seed, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device,
+            heal=heal, run=run, progress=bars, **options,
         )  # fmt: skip
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
@@ -202,7 +209,7 @@ def compress(
 @app.command(context_settings=METHOD_FLAGS)
 def calibrate(
     context: typer.Context, model: Model, run: Run, method: MethodName = "biaxial", calibration: Text = None,
-    samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
+    own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
     statistics: Annotated[
         str | None,
         typer.Option(help=f"Which to collect: {', '.join(STATISTICS)}.", show_default="all that --method reads"),
@@ -214,7 +221,10 @@ def calibrate(
     needs = set(statistics.split(",")) if statistics else chosen.plan_needs(options) | chosen.factorise_needs(options)
     streamed = StreamedModel(model, device or default_device())
     with Bars() as bars:
-        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
+        own = own_share(chosen, streamed, own_text)
+        text = Calibration.read(
+            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, progress=bars
+        )
         calibrate_verb(streamed, RunFolder(run), text, needs, progress=bars)
     console.print(f"Wrote {run}/stats. Next: moefactor plan {model} --run {run} --method {method}")
 
@@ -242,7 +252,8 @@ def plan(
 
 @app.command()
 def factorise(
-    model: Model, run: Run, output: Output, calibration: Text = None, samples: Samples = 256, seqlen: Seqlen = None,
+    model: Model, run: Run, output: Output, calibration: Text = None, own_text: OwnText = None,
+    samples: Samples = 256, seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
     sequential: Sequential = True, device: Device = None,
 ) -> None:  # fmt: skip
@@ -253,9 +264,12 @@ def factorise(
     chosen = get(made.method)
     made = replace(made, options=chosen.complete(made.options))
     text = None
-    if sequential and chosen.factorise_needs(made.options):
-        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
     with Bars() as bars:
+        if sequential and chosen.factorise_needs(made.options):
+            own = own_share(chosen, streamed, own_text)
+            text = Calibration.read(
+                streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, progress=bars
+            )
         factorise_verb(streamed, made, chosen, folder, calibration=text, sequential=sequential, progress=bars)
     write_checkpoint(streamed, made, folder, output, f"moefactor factorise {model} --run RUN -o {output.name}")
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
@@ -266,13 +280,18 @@ def heal(
     model: Annotated[str, typer.Argument(help="Folder of a compressed model.", show_default=False)],
     teacher: Annotated[str, typer.Option(help="The dense model that it was made from.", show_default=False)],
     output: Output, steps: Annotated[int, typer.Option(help="At most; of 2048 tokens each.", min=1)] = 800,
-    calibration: Text = None, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
+    calibration: Text = None, seqlen: Seqlen = None,
+    labels: Annotated[
+        float, typer.Option(help="Weight of the text's own next tokens; 0: the dense model's word alone.", min=0)
+    ] = LABELS,
+    train: Annotated[str, typer.Option(help="'experts' with routers and norms, or 'all' parameters.")] = "all",
+    seed: Seed = 0, device: Device = None,
 ) -> None:  # fmt: skip
-    """Train a compressed model's factors to give what the dense model gives. Resumes; never worse on held-out text."""
+    """Train a compressed model to give what the dense model gives. Resumes; never farther from it on held-out text."""
     with Bars() as bars:
         healed = heal_verb(
-            model, teacher, output, steps=steps, text=calibration, seqlen=seqlen, seed=seed, device=device,
-            progress=bars,
+            model, teacher, output, steps=steps, text=calibration, seqlen=seqlen, labels=labels, train=train,
+            seed=seed, device=device, progress=bars,
         )  # fmt: skip
     console.print(validation_table(healed))
     console.print(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")

@@ -1,10 +1,10 @@
-"""Heal a compressed model: its factors learn to give what the dense model gives, by distillation of whole outputs.
+"""Heal a compressed model: it learns to give what the dense model gives, by distillation of whole outputs.
 
-Minimises KL(dense ‖ compressed) of the next-token distributions, and beside it the relative squared errors of the
-layers' outputs, which say more a token than the divergence alone. Trained are the routed experts' factors, the routers
-and the norms before them; everything else stays as it is. Learning rates are fractions of each tensor's root mean
-square: one rate for all diverges, since factors differ in scale by orders of magnitude. A text that comes again comes
-changed: cut into windows elsewhere, with tokens in it that the dense model might have written instead.
+Minimises KL(dense ‖ compressed) of the next-token distributions; beside it the relative squared errors of the layers'
+outputs, which say more a token than the divergence alone, and a little of the text's own next tokens, of which the
+dense model is but an estimate. Trained are the routed experts' factors, the routers and the norms before them and, at
+smaller rates, everything else. A text that comes again comes changed: cut into windows elsewhere, with tokens in it
+that the dense model might have written instead.
 
 Some windows of the text are held out. The state that is best on them is what is written, the unhealed one among the
 candidates. Training that makes them much worse than unhealed goes back and on at a third of the rate; it stops when
@@ -19,13 +19,15 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, file_digest, refuse_existing, resolve
-from .errors import UserError
+from .errors import UserError, unknown
 from .forms import BasisMixture
+from .optimise import Soap, falling
 from .progress import Progress, Steps, silent
 from .runtime.experts import FactorisedExperts
 from .runtime.transformers import load
@@ -33,22 +35,27 @@ from .streaming import checked_device, compute_dtype
 from .text import load_tokenizer, model_length, read_text, sources, tokenise, windows, write_windows
 
 STAGE = "heal"
+Trained = Literal["experts", "all"]
 # Of each tensor's root mean square and of the square root of the divergence at the start, nats: as far as the model is
 # from the dense one, so far its factors have to go.
-RATE = 0.02
+RATE = 0.05
+REST = 0.4  # of that for what is not part of the experts' layers: attention, embeddings, shared experts
 MIXTURES = 1 / 3  # of that where experts mix bases: a weight moves with its factor, with the mixing and with every base
 BATCH = 2048  # tokens a step
 LAYERS = 3.0  # weight of the layers' relative squared errors beside the divergence
+# Weight of the text's own next tokens in the first pass over it; in the n-th a part in n, or they too are learnt by
+# heart. More learns the text rather than the model.
+LABELS = 0.1
 # Of the tokens, from the second pass over the text on: drawn anew from the dense model, given what stands before them.
 # The same tokens again and again are learnt by heart: their divergence fell to half of the held-out windows'.
 REDRAWN = 0.3
 LOGITS = 1 << 26  # entries of the logits in memory at once
 HELD_OUT = 32  # windows, at most a tenth of the text
 LOOK = 50  # steps between looks at them
-OVERSHOT = 1.25  # times the divergence at the start: the rate was too high
+OVERSHOT = 1.5  # times the divergence at the start: the rate was too high
 PATIENCE = 8  # looks without a better state before it stops
 WARMUP = 40
-OWN_WINDOWS = 1024  # that the dense model writes where the text is its own
+OWN_WINDOWS = 1024  # that the dense model writes at most, where the text is its own; half of what is read if less
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class Healing:
 
 def heal(
     student: str | Path, teacher: str, output: str | Path, *, steps: int, text: str | None = None,
-    seqlen: int | None = None, rate: float = RATE, seed: int = 0, device: torch.device | str | None = None,
+    seqlen: int | None = None, rate: float = RATE, labels: float = LABELS, train: Trained = "all", seed: int = 0,
+    device: torch.device | str | None = None,
     run: str | Path | None = None, progress: Progress = silent,
 ) -> Healing:  # fmt: skip
     """Distils the dense model into a compressed folder and writes the healed one.
@@ -73,6 +81,9 @@ def heal(
         output: folder to write; it must not exist.
         steps: of BATCH tokens each; fewer are taken when the held-out text says so.
         text: as `--calibration`; all of it is used, over and over if need be.
+        rate: of the factors, see RATE.
+        labels: weight of the text's own next tokens beside the dense model's; 0: distillation alone.
+        train: `experts`: factors, routers and the norms before them; `all`: everything else too.
         run: folder for the state of an unfinished healing; `OUTPUT.heal` by default, removed at the end.
 
     Raises UserError for anything that the caller can mend.
@@ -81,6 +92,10 @@ def heal(
     refuse_existing(output)
     if steps < 1:
         raise UserError(f"--heal needs at least one step, found {steps}.")
+    if labels < 0:
+        raise UserError(f"--labels must not be negative, found {labels}.")
+    if train not in get_args(Trained):
+        raise unknown("choice of what to train", train, get_args(Trained))
     model = load(str(student), device=device, dtype=torch.float32)
     blocks = [m for m in model.modules() if isinstance(m, FactorisedExperts)]
     if not blocks:
@@ -93,18 +108,30 @@ def heal(
     if dense.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise UserError(f"{teacher}: has another vocabulary than {student}; give the model it was made from.")
     length = model_length(model.config, seqlen)
-    every = _windows(teacher, folder, text, length, seed, device)
+    most = min(OWN_WINDOWS, max(HELD_OUT, steps * BATCH // (2 * length)))
+    every = _windows(teacher, folder, text, length, most, seed, device, progress)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     aside = min(HELD_OUT, len(every) // 10)
     if aside < 1:
         raise UserError(f"{text}: {len(every)} windows of {length} tokens are too few to heal on; 10 at least.")
     held, seen = every[order[:aside].sort().values], every[order[aside:].sort().values]
-    names = trainable(model, held[:1].to(device))
     if any(isinstance(form, BasisMixture) for block in blocks for form in block.forms.values()):
         rate *= MIXTURES
-    job = _Healing(model, dense, names, seen, steps, rate, seed, _run_of(output, run))
+    rates = dict.fromkeys(trainable(model, held[:1].to(device)), rate)
+    if train == "all":
+        rates = {n: rates.get(n, REST * rate) for n, p in model.named_parameters() if p.is_floating_point()}
+    job = _Healing(model, dense, rates, seen, steps, labels, seed, _run_of(output, run))
     files = sorted(set(Checkpoint(folder).files.values()))
-    about = [*map(file_digest, files), steps, rate, seed, length, hashlib.sha256(every.numpy().tobytes()).hexdigest()]
+    about = [
+        *map(file_digest, files),
+        steps,
+        rate,
+        labels,
+        train,
+        seed,
+        length,
+        hashlib.sha256(every.numpy().tobytes()).hexdigest(),
+    ]
     healing = job.go(held, hashlib.sha256(repr(about).encode()).hexdigest(), progress)
     _write(folder, model, job.best, output, healing)
     job.forget()
@@ -151,28 +178,27 @@ class _Healing:
     """The training loop and its state on disk."""
 
     def __init__(
-        self, model: nn.Module, dense: nn.Module, names: list[str], seen: Tensor, steps: int, rate: float, seed: int,
-        run: Path,
+        self, model: nn.Module, dense: nn.Module, rates: dict[str, float], seen: Tensor, steps: int, labels: float,
+        seed: int, run: Path,
     ):  # fmt: skip
-        self.model, self.dense, self.seen, self.steps, self.rate, self.seed = model, dense, seen, steps, rate, seed
+        self.model, self.dense, self.seen, self.steps, self.seed = model, dense, seen, steps, seed
+        self.rates, self.labels = rates, labels
         self.file = run / "heal.pt"
         model.requires_grad_(False)
-        self.parameters = {n: p.requires_grad_() for n, p in model.named_parameters() if n in set(names) and p.numel()}
+        self.parameters = {n: p.requires_grad_() for n, p in model.named_parameters() if n in rates and p.numel()}
         self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
         self.step, self.best_step = 0, 0
         self.batch = max(1, BATCH // seen.shape[1])
-
-    def _rate(self, step: int) -> float:
-        return min(1.0, (step + 1) / WARMUP) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / self.steps))))
 
     def go(self, held: Tensor, key: str, progress: Progress) -> Healing:
         steps = Steps(progress, STAGE, self.steps)
         left = self._left(key)
         self.validation = [tuple(e) for e in left["validation"]] if left else [(0, self._held_out(held))]
-        rate = self.rate * math.sqrt(self.validation[0][1])
-        groups = [{"params": [p], "lr": rate * _size(p)} for p in self.parameters.values()]
-        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
+        far = math.sqrt(self.validation[0][1])
+        self.optimiser = Soap((p, far * self.rates[n]) for n, p in self.parameters.items())
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda step: falling(step, self.steps, WARMUP)
+        )
         if left:
             self._resume(left)
         steps.skip(self.step)
@@ -187,23 +213,30 @@ class _Healing:
         return Healing(self.step, self.best_step, self.step * self.batch * self.seen.shape[1], self.validation)
 
     def _learn(self) -> None:
-        ids = self._windows()
+        text, ids = self._windows()
+        labels = self.labels / (1 + self._place[0])
         self.optimiser.zero_grad()
-        for part in self._parts(ids):
-            (self._objective(part).sum() / ids.numel()).backward()
+        for own, part in zip(self._parts(text), self._parts(ids), strict=True):
+            (self._objective(own, part, labels).sum() / ids.numel()).backward()
         self.optimiser.step()
         self.schedule.step()
 
-    def _windows(self) -> Tensor:
-        """(n, L) of this step, the same after a restart. Each pass over the text has its own order and offset."""
-        number, place = divmod(self.step, max(1, len(self.seen) // self.batch))
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Passes over the text that are behind this step, and steps of its own pass."""
+        return divmod(self.step, max(1, len(self.seen) // self.batch))
+
+    def _windows(self) -> tuple[Tensor, Tensor]:
+        """(n, L) of the text for this step, the same after a restart, and what is read in its place. Each pass has its
+        own order and offset."""
+        number, place = self._place
         generator = torch.Generator().manual_seed(self.seed + 1 + number)
         order = torch.randperm(len(self.seen), generator=generator)
         ids = self.seen
         if number:
             ids = ids.flatten().roll(int(torch.randint(ids.shape[1], (1,), generator=generator))).view_as(ids)
         ids = ids[order[place * self.batch : (place + 1) * self.batch]]
-        return self._redrawn(ids) if number else ids
+        return ids, (self._redrawn(ids) if number else ids)
 
     @torch.no_grad()
     def _redrawn(self, ids: Tensor) -> Tensor:
@@ -227,8 +260,9 @@ class _Healing:
             wanted = self._outputs(self.dense, ids)[0]
         return _kl(wanted, self._outputs(self.model, ids)[0])
 
-    def _objective(self, ids: Tensor) -> Tensor:
-        """The divergence and, of every layer, the squared error of its output relative to the mean square."""
+    def _objective(self, text: Tensor, ids: Tensor, labels: float) -> Tensor:
+        """(n, L) of windows `ids`: the divergence; of every layer the squared error of its output relative to the mean
+        square; and the surprise at the next token, where that is the text's own."""
         with torch.no_grad():
             wanted, states = self._outputs(self.dense, ids, hidden=True)
         given, own = self._outputs(self.model, ids, hidden=True)
@@ -236,7 +270,10 @@ class _Healing:
             (a - b).square().sum(-1) / b.square().sum(-1).mean().clamp(min=1e-30)
             for a, b in zip(own, states, strict=True)
         ]
-        return _kl(wanted, given) + LAYERS * sum(errors) / max(1, len(errors))
+        following = ids[:, 1:].to(given.device)
+        surprise = -given[:, :-1].gather(-1, following.unsqueeze(-1)).squeeze(-1) * (ids == text)[:, 1:].to(given)
+        loss = _kl(wanted, given) + LAYERS * sum(errors) / max(1, len(errors))
+        return loss + labels * nn.functional.pad(surprise, (0, 1))
 
     @staticmethod
     def _outputs(model: nn.Module, ids: Tensor, hidden: bool = False) -> tuple[Tensor, list[Tensor]]:
@@ -304,23 +341,22 @@ class _Healing:
             self.file.parent.rmdir()
 
 
-def _windows(teacher: str, folder: Path, text: str | None, length: int, seed: int, device: torch.device) -> Tensor:
-    """All of a text; of the dense model's own, OWN_WINDOWS."""
+def _windows(
+    teacher: str, folder: Path, text: str | None, length: int, most: int, seed: int, device: torch.device,
+    progress: Progress,
+) -> Tensor:  # fmt: skip
+    """All of a text; of the dense model's own, at `most` so many windows."""
     read, own = sources(text)
     tokenizer, parts = load_tokenizer(folder), []
     if read or not own:
         parts.append(windows(tokenise(tokenizer, read_text(read)), length, text or "the built-in text"))
     if own:
-        parts.append(write_windows(teacher, tokenizer, OWN_WINDOWS, length, seed, device))
+        parts.append(write_windows(teacher, tokenizer, most, length, seed, device, progress))
     return torch.cat(parts)
 
 
 def _kl(wanted: Tensor, given: Tensor) -> Tensor:
     return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
-
-
-def _size(parameter: Tensor) -> float:
-    return float(parameter.detach().float().square().mean().sqrt()) or 1e-3
 
 
 def _run_of(output: Path, run: str | Path | None) -> Path:
@@ -330,10 +366,11 @@ def _run_of(output: Path, run: str | Path | None) -> Path:
 def _write(folder: Path, model: nn.Module, best: dict[str, Tensor], output: Path, healing: Healing) -> None:
     """The compressed folder again, with what was trained in place of what was there."""
     checkpoint = Checkpoint(folder)
-    targets = ModelReader(checkpoint, model).targets
+    reader = ModelReader(checkpoint, model)
+    targets, on_disk = reader.targets, reader.disk_layout(best)
 
     def change(name: str, tensor: Tensor) -> Tensor:
-        healed = best.get(targets.get(name, name))
+        healed = on_disk.get(name, best.get(targets.get(name, name)))
         return tensor if healed is None else healed.to(tensor).view_as(tensor)
 
     with CheckpointWriter(output) as writer:
