@@ -147,17 +147,17 @@ def test_bfloat16_is_no_worse_after_rounding(
     assert {t.dtype for t in on_disk(tmp_path / "healed").values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("rate", [0.3, 1e30])
+@pytest.mark.parametrize("rate", [1e4, 1e30])
 def test_a_healing_that_diverges_leaves_the_model_as_it_was(
     rate: float, reference_moe: Path, reference_student: Path, text_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """By too much, and to NaN; it stops when it has not become better for a while."""
+    """By too much, and to NaN; in the second half it stops when it has not become better for a while."""
     monkeypatch.setattr(heal_module, "PATIENCE", 2)
     healing = moefactor.heal(
-        reference_student, str(reference_moe), tmp_path / "out", steps=100, rate=rate, text=str(text_file), seqlen=32
+        reference_student, str(reference_moe), tmp_path / "out", steps=12, rate=rate, text=str(text_file), seqlen=32
     )
-    assert (healing.steps, healing.best_step, len(healing.validation)) == (4, 0, 3)
+    assert (healing.steps, healing.best_step, len(healing.validation)) == (10, 0, 6)
     assert not healing.validation[-1][1] <= healing.validation[0][1]
     before, after = on_disk(reference_student), on_disk(tmp_path / "out")
     assert before.keys() == after.keys()

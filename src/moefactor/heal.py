@@ -7,8 +7,8 @@ smaller rates, everything else. A text that comes again comes changed: cut into 
 that the dense model might have written instead.
 
 Some windows of the text are held out. The state that is best on them is what is written, the unhealed one among the
-candidates. Training that makes them much worse than unhealed goes back and on at a third of the rate; it stops when
-they have not become better for a while. A killed run goes on from its last look.
+candidates. Training that makes them much worse than unhealed goes back and on at a third of the rate; in the second
+half it stops when they have not become better for a while. A killed run goes on from its last look.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ LOGITS = 1 << 26  # entries of the logits in memory at once
 HELD_OUT = 32  # windows, at most a tenth of the text
 LOOK = 50  # steps between looks at them
 OVERSHOT = 1.5  # times the divergence at the start: the rate was too high
-PATIENCE = 8  # looks without a better state before it stops
+# Looks without a better state before it stops, of the second half: before, at high rates, it may be farther from the
+# dense model than it began, and end much nearer.
+PATIENCE = 8
 WARMUP = 40
 OWN_WINDOWS = 1024  # that the dense model writes at most, where the text is its own; half of what is read if less
 
@@ -71,8 +73,7 @@ class Healing:
 def heal(
     student: str | Path, teacher: str, output: str | Path, *, steps: int, text: str | None = None,
     seqlen: int | None = None, rate: float = RATE, labels: float = LABELS, train: Trained = "all", seed: int = 0,
-    device: torch.device | str | None = None,
-    run: str | Path | None = None, progress: Progress = silent,
+    device: torch.device | str | None = None, run: str | Path | None = None, progress: Progress = silent,
 ) -> Healing:  # fmt: skip
     """Distils the dense model into a compressed folder and writes the healed one.
 
@@ -122,16 +123,8 @@ def heal(
         rates = {n: rates.get(n, REST * rate) for n, p in model.named_parameters() if p.is_floating_point()}
     job = _Healing(model, dense, rates, seen, steps, labels, seed, _run_of(output, run))
     files = sorted(set(Checkpoint(folder).files.values()))
-    about = [
-        *map(file_digest, files),
-        steps,
-        rate,
-        labels,
-        train,
-        seed,
-        length,
-        hashlib.sha256(every.numpy().tobytes()).hexdigest(),
-    ]
+    given = hashlib.sha256(every.numpy().tobytes()).hexdigest()
+    about = [*map(file_digest, files), steps, rate, labels, train, seed, length, given]
     healing = job.go(held, hashlib.sha256(repr(about).encode()).hexdigest(), progress)
     _write(folder, model, job.best, output, healing)
     job.forget()
@@ -314,7 +307,7 @@ class _Healing:
             group["lr"] /= 3
 
     def _stuck(self) -> bool:
-        return self.step - self.best_step >= PATIENCE * LOOK
+        return self.step - max(self.best_step, self.steps // 2) >= PATIENCE * LOOK
 
     def _left(self, key: str) -> dict | None:
         """The state on disk when the same healing left it; any other is left behind."""
