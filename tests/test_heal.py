@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moefactor
@@ -18,6 +20,11 @@ from moefactor.errors import UserError
 from moefactor.heal import Healing, trainable
 from moefactor.text import load_tokenizer, tokenise, windows
 from tiny import tokenizer
+
+
+class Killed(Exception):
+    pass
+
 
 heal_module = sys.modules["moefactor.heal"]  # moefactor.heal is the function
 SEQLEN = 16
@@ -153,11 +160,10 @@ def test_a_healing_that_diverges_leaves_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """By too much, and to NaN; in the second half it stops when it has not become better for a while."""
-    monkeypatch.setattr(heal_module, "PATIENCE", 2)
     healing = moefactor.heal(
         reference_student, str(reference_moe), tmp_path / "out", steps=12, rate=rate, text=str(text_file), seqlen=32
     )
-    assert (healing.steps, healing.best_step, len(healing.validation)) == (10, 0, 6)
+    assert (healing.steps, healing.best_step, len(healing.validation)) == (9, 0, 5)
     assert not healing.validation[-1][1] <= healing.validation[0][1]
     before, after = on_disk(reference_student), on_disk(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -183,8 +189,28 @@ def test_mixtures_move_in_smaller_steps(
     floats = [p for p in load(student).parameters() if p.is_floating_point() and p.numel()]
     assert len(given) == len(floats)
     assert sorted({rate for _, rate in given}) == pytest.approx([heal_module.REST * factors, factors])
-    trained = trainable(load(student), held_out(Path(job["text"]))[:1])
-    assert sum(rate > 0.9 * factors for _, rate in given) == len(trained)
+    model = load(student)
+    trained = set(trainable(model, held_out(Path(job["text"]))[:1]))
+    names = [name for name, p in model.named_parameters() if p.is_floating_point() and p.numel()]
+    fast = {name for name, (_, rate) in zip(names, given, strict=True) if rate > 0.9 * factors}
+    assert fast == trained
+
+
+def test_many_steps_go_slower(job: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the square root of their number beyond MANY."""
+    rates: dict[int, float] = {}
+    for many in (8, 2):
+        monkeypatch.setattr(heal_module, "MANY", many)
+        monkeypatch.setattr(
+            heal_module, "Soap", lambda given, n=many: rates.setdefault(n, max(r for _, r in given)) and stopped()
+        )
+        with pytest.raises(Killed):
+            moefactor.heal(**job)
+    assert rates[2] == pytest.approx(rates[8] / 2)
+
+
+def stopped() -> None:
+    raise Killed
 
 
 @pytest.fixture
@@ -265,6 +291,47 @@ def test_the_texts_own_tokens_count_where_they_were_not_redrawn(training: Callab
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_labels_weigh_less_in_every_pass(training: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, weights = training(torch.zeros(32, SEQLEN, dtype=torch.long)), []
+    job.optimiser = job.schedule = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+
+    def noted(text: Tensor, ids: Tensor, labels: float) -> Tensor:
+        weights.append(labels)
+        return torch.zeros(1, requires_grad=True)
+
+    monkeypatch.setattr(job, "_objective", noted)
+    for job.step in (0, 3, 4, 8):  # four steps a pass
+        job._learn()
+    assert weights == pytest.approx([0.5, 0.5, 0.25, 0.5 / 3])
+
+
+@pytest.mark.parametrize("names", [("model.embed_tokens.weight",), ("lm_head.weight",), None])
+def test_a_tied_head_stays_the_embedding(
+    names: tuple[str, ...] | None, tiny_model: Callable[..., Path], job: dict, tmp_path: Path
+) -> None:
+    """Under whichever of its names the checkpoint has it, or under both."""
+    source = str(tiny_model("qwen3_moe", tie_word_embeddings=True))
+    student = moefactor.compress(source, "svd", 0.6, tmp_path / "student")
+    index = json.loads((student / "model.safetensors.index.json").read_text())
+    (shard,) = {
+        index["weight_map"][n] for n in index["weight_map"] if n in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    tensors = load_file(student / shard)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    for name in names or ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = embedding.clone()
+    save_file(tensors, student / shard, metadata={"format": "pt"})
+    map_of = {n: s for n, s in index["weight_map"].items() if s != shard} | dict.fromkeys(tensors, shard)
+    (student / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": map_of}))
+    healing = moefactor.heal(**job | {"student": student, "teacher": source})
+    assert healing.best_step > 0
+    model = load(job["output"])
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert not torch.equal(model.lm_head.weight, embedding)
+    found = divergence(load(Path(source)), model, held_out(Path(job["text"])))
+    assert found == pytest.approx(dict(healing.validation)[healing.best_step], rel=1e-3)
+
+
 @pytest.fixture
 def hasty(job: dict) -> dict:
     """At a rate far too high."""
@@ -276,10 +343,6 @@ def test_a_rate_that_is_too_high_is_lowered(hasty: dict) -> None:
     (_, start), *looks = healing.validation
     assert max(value for _, value in looks) > heal_module.OVERSHOT * start
     assert min(value for _, value in looks) < 0.9 * start
-
-
-class Killed(Exception):
-    pass
 
 
 def killed_after(steps: int) -> Callable:
@@ -445,6 +508,8 @@ def test_every_window_is_seen_before_one_is_seen_again(job: dict, monkeypatch: p
         ({"seqlen": 1}, "at least 2"),
         ({"seqlen": 4096}, "128 at most"),
         ({"labels": -0.1}, "labels must not be negative, found -0.1"),
+        ({"labels": float("nan")}, "labels must not be negative, found nan"),
+        ({"rate": 0.0}, r"rate must be above 0, found 0\.0"),
         ({"train": "expert"}, r"'expert'.*experts"),
         ({"text": "no-such.txt"}, r"no-such\.txt"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from moefactor.methods import METHODS
 from moefactor.runtime.transformers import load
 from moefactor.streaming import FITS, StreamedModel
 from moefactor.text import (
+    kept_windows,
     load_tokenizer,
     model_length,
     read_text,
@@ -119,12 +121,12 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
 def test_what_the_model_writes_itself() -> None:
     """Whole windows, the same for the same seed, and likelier to the model than random tokens."""
     tokenizer = load_tokenizer(REFERENCE)
-    ask = (str(REFERENCE), tokenizer, 3, 24)
-    first, again, other = (write_windows(*ask, seed, torch.device("cpu")) for seed in (0, 0, 1))
+    model = load(str(REFERENCE), device="cpu", dtype=torch.float32)
+    ask = (model, tokenizer, 3, 24)
+    first, again, other = (write_windows(*ask, seed) for seed in (0, 0, 1))
     assert first.shape == (3, 24)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    model = load(str(REFERENCE), device="cpu", dtype=torch.float32)
     random = torch.randint(0, len(tokenizer), (3, 24), generator=torch.Generator().manual_seed(0))
     assert window_losses(model, first).mean() < window_losses(model, random).mean() - 1
 
@@ -160,13 +162,36 @@ def test_with_own(name: str | None, expected: str) -> None:
     assert with_own(name) == expected
 
 
-def test_writing_reports_every_token() -> None:
-    seen: list[tuple[int, int]] = []
-    write_windows(
-        str(REFERENCE), load_tokenizer(REFERENCE), 3, 24, 0, torch.device("cpu"),
-        lambda stage, done, total, detail="": seen.append((done, total)),
-    )  # fmt: skip
-    assert seen == [(n, 24) for n in range(25)]
+def test_writing_reports_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few windows at a time where they are long."""
+    monkeypatch.setattr("moefactor.text.WRITTEN_TOKENS", 50)
+    model, seen = load(str(REFERENCE), device="cpu"), []
+    given = write_windows(
+        model, load_tokenizer(REFERENCE), 3, 24, 0, lambda stage, done, total, detail="": seen.append((done, total))
+    )
+    assert given.shape == (3, 24)
+    assert seen == [(n, 48) for n in range(49)]
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    """By a resumed run; not by one of another length."""
+    file, written = tmp_path / "run" / "own.safetensors", []
+
+    def write(number: int) -> Callable[[], torch.Tensor]:
+        def wrote() -> torch.Tensor:
+            written.append(number)
+            return torch.full((2, 3), number)
+
+        return wrote
+
+    assert (kept_windows(file, ("model", 3), write(1)) == 1).all()
+    assert (kept_windows(file, ("model", 3), write(2)) == 1).all()
+    assert (kept_windows(file, ("model", 4), write(3)) == 3).all()
+    assert (kept_windows(None, ("model", 4), write(4)) == 4).all()
+    assert written == [1, 3, 4]
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"own\.safetensors: damaged"):
+        kept_windows(file, ("model", 4), write(5))
 
 
 def test_who_writes_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,14 +200,21 @@ def test_who_writes_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, other = METHODS["biaxial"], METHODS["channels"]
     assert (own_share(ours, model, None), own_share(ours, model, 0.0), own_share(other, model, None)) == (0.5, 0.0, 0.0)
     assert own_share(other, model, 0.3) == 0.3
-    for share in (-0.1, 1.5):
+    assert (own_share(other, model, None, "self"), own_share(ours, model, None, "a.txt,self")) == (1.0, 0.5)
+    for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=f"from 0 to 1, found {share}"):
             own_share(ours, model, share)
+    for source in ("self", "a.txt,self"):
+        with pytest.raises(UserError, match="says already how much"):
+            own_share(ours, model, 0.2, source)
+    with pytest.raises(UserError, match=r"no window for a\.txt"):
+        own_share(ours, model, 1.0, "a.txt")
     with monkeypatch.context() as patch:
         patch.setattr("moefactor.streaming.FITS", 1e-6)
         with pytest.warns(UserWarning, match="does not fit in memory"):
             assert own_share(ours, model, None) == 0
         assert own_share(other, model, None) == 0
+        assert own_share(ours, model, None, "self") == 1  # asked for in so many words
     with monkeypatch.context() as patch:
         patch.setattr("moefactor.calibrate.start_token", lambda tokenizer: None)
         with pytest.warns(UserWarning, match="no token that begins a text"):
@@ -192,9 +224,19 @@ def test_who_writes_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert own_share(ours, model, None) == 0
 
 
-def test_what_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the host's memory, or of what a container may have."""
     model = StreamedModel(str(REFERENCE), dtype=torch.float32)
     weights = 4 * sum(p.numel() for p in load(str(REFERENCE), device="cpu").parameters())
-    for free, fits in ((weights / FITS * 1.01, True), (weights / FITS * 0.99, False)):
-        monkeypatch.setattr("moefactor.streaming.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("moefactor.streaming.CONTAINER_LIMIT", limit)
+    enough, little = round(weights / FITS * 1.01), round(weights / FITS * 0.99)
+    for total, contained, fits in (
+        (enough, None, True), (little, None, False), (enough, "max", True), (enough, little, False),
+        (little, enough, False),
+    ):  # fmt: skip
+        monkeypatch.setattr("moefactor.streaming.virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        limit.unlink(missing_ok=True)
+        if contained is not None:
+            limit.write_text(f"{contained}\n")
         assert model.fits_in_memory() == fits

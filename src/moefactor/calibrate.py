@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from .experts import ExpertLayer, ExpertWeights
 from .methods import Method
 from .progress import Progress, Steps, silent
 from .run_folder import RunFolder
+from .runtime.transformers import load
 from .stats import GRADIENTS, STATISTICS, LayerStats
 from .streaming import Activations, StreamedModel, Tick
 from .text import (
+    kept_windows,
     load_tokenizer,
     model_length,
     read_text,
@@ -30,7 +33,7 @@ from .text import (
 
 STAGE = "calibrate"
 BUILT_IN = "pydoc_data.topics"  # the text that every Python has
-OWN = 0.5  # share of the windows that the model writes itself for `NAME,self`
+OWN_SHARE = 0.5  # share of the windows that the model writes itself for `NAME,self`
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Calibration:
     @classmethod
     def read(
         cls, model: StreamedModel, source: str | None = None, *, samples: int = 256, seqlen: int | None = None,
-        seed: int = 0, batch_size: int = 4, own: float = 0.0, progress: Progress = silent,
+        seed: int = 0, batch_size: int = 4, own: float = 0.0, kept: Path | None = None, progress: Progress = silent,
     ) -> Calibration:  # fmt: skip
         """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from a text by `seed`.
 
@@ -55,38 +58,50 @@ class Calibration:
             source: file, folder or dataset; None for the text every Python has; `self` for text that the model writes;
                 `NAME,self` for both.
             batch_size: windows run at a time.
-            own: share of the windows that the model writes itself, and what a short text lacks; `NAME,self` is OWN.
+            own: share of the windows that the model writes itself, and what a short text lacks; `self` and `NAME,self`
+                say it themselves.
+            kept: file for what the model wrote, so that a resumed run need not write it again.
         """
         length = model_length(model.config, seqlen)
         read, named = sources(source)
         if named:
-            own = OWN if read else 1.0
+            own = OWN_SHARE if read else 1.0
         parts, tokenizer, given = [], load_tokenizer(model.folder), 0
         if own < 1:
             ids = tokenise(tokenizer, read_text(read))
-            most = max(1, round((1 - own) * samples))
-            parts.append(sample_windows(ids, length, most, seed, read or BUILT_IN))
+            parts.append(sample_windows(ids, length, max(1, round((1 - own) * samples)), seed, read or BUILT_IN))
             given = len(parts[0])
-        if own and given < samples:
-            missing = samples - given
-            parts.append(write_windows(model.name, tokenizer, missing, length, seed, model.device, progress))
-        source = source or BUILT_IN
+        missing = samples - given if own else 0
+        if missing:
+
+            def write() -> Tensor:
+                whole = load(model.name, device=model.device, dtype=model.dtype)
+                return write_windows(whole, tokenizer, missing, length, seed, progress)
+
+            parts.append(kept_windows(kept, (model.name, missing, length, seed), write))
         chosen = torch.cat(parts)
-        digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
-        description = {"source": source, "samples": len(chosen), "seqlen": length, "seed": seed, "sha256": digest}
+        description = {
+            "source": source or BUILT_IN, "samples": len(chosen), "own": missing, "seqlen": length, "seed": seed,
+            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+        }  # fmt: skip
         return cls(list(chosen.split(batch_size)), description)
 
 
-def own_share(method: Method, model: StreamedModel, wanted: float | None) -> float:
+def own_share(method: Method, model: StreamedModel, wanted: float | None, source: str | None = None) -> float:
     """Share of the calibration windows that the model is to write itself: what was asked for, or the method's own,
     which is given up with a warning where the model can't write.
 
-    Raises UserError for what is no share.
+    Raises UserError for what is no share, and for one beside a `source` that says it itself.
     """
-    if wanted is not None:
-        if not 0 <= wanted <= 1:
-            raise UserError(f"--own-text is a share, from 0 to 1, found {wanted}.")
-        return wanted
+    if wanted is not None and not 0 <= wanted <= 1:
+        raise UserError(f"--own-text is a share, from 0 to 1, found {wanted}.")
+    read, named = sources(source)
+    if named and wanted is not None:
+        raise UserError(f"--calibration {source} says already how much the model writes; leave --own-text out.")
+    if wanted == 1 and read:
+        raise UserError(f"--own-text 1 leaves no window for {read}; use --calibration self.")
+    if wanted is not None or named:
+        return wanted if wanted is not None else OWN_SHARE if read else 1.0
     hindrance = _hindrance(model) if method.own_text else None
     if hindrance:
         warnings.warn(

@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
@@ -31,7 +32,7 @@ from .export import export_dense
 from .factorise import factorise as factorise_verb
 from .factorise import write_checkpoint
 from .generate import generate as generate_verb
-from .heal import LABELS, Healing
+from .heal import LABELS, Healing, Trained
 from .heal import heal as heal_verb
 from .inspect import inspect as inspect_verb
 from .methods import METHODS, get
@@ -62,7 +63,7 @@ Text = Annotated[
     str | None,
     typer.Option(
         help="Text file, folder, or a dataset: wikitext2, c4, ptb, or a hub name. 'self': what the model writes; "
-        "'FILE,self': half of each. Default: Python's own language reference, which needs no network; text like what "
+        "'FILE,self': both. Default: Python's own language reference, which needs no network; text like what "
         "the model will read does better.",
         show_default=False,
     ),
@@ -71,7 +72,9 @@ OwnText = Annotated[
     float | None,
     typer.Option(
         help="Share of the windows that the model writes itself, so that text of one kind does not mislead.",
-        show_default="0.5 for biaxial where the model fits in memory, else 0",
+        show_default="0.5 for biaxial where the model can write and fits in memory, else 0",
+        min=0,
+        max=1,
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Windows of calibration text.", min=1)]
@@ -221,11 +224,12 @@ def calibrate(
     needs = set(statistics.split(",")) if statistics else chosen.plan_needs(options) | chosen.factorise_needs(options)
     streamed = StreamedModel(model, device or default_device())
     with Bars() as bars:
-        own = own_share(chosen, streamed, own_text)
+        folder, own = RunFolder(run), own_share(chosen, streamed, own_text, calibration)
         text = Calibration.read(
-            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, progress=bars
-        )
-        calibrate_verb(streamed, RunFolder(run), text, needs, progress=bars)
+            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, kept=folder.own_text,
+            progress=bars,
+        )  # fmt: skip
+        calibrate_verb(streamed, folder, text, needs, progress=bars)
     console.print(f"Wrote {run}/stats. Next: moefactor plan {model} --run {run} --method {method}")
 
 
@@ -266,10 +270,11 @@ def factorise(
     text = None
     with Bars() as bars:
         if sequential and chosen.factorise_needs(made.options):
-            own = own_share(chosen, streamed, own_text)
+            own = own_share(chosen, streamed, own_text, calibration)
             text = Calibration.read(
-                streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, progress=bars
-            )
+                streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, kept=folder.own_text,
+                progress=bars,
+            )  # fmt: skip
         factorise_verb(streamed, made, chosen, folder, calibration=text, sequential=sequential, progress=bars)
     write_checkpoint(streamed, made, folder, output, f"moefactor factorise {model} --run RUN -o {output.name}")
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
@@ -284,7 +289,7 @@ def heal(
     labels: Annotated[
         float, typer.Option(help="Weight of the text's own next tokens; 0: the dense model's word alone.", min=0)
     ] = LABELS,
-    train: Annotated[str, typer.Option(help="'experts' with routers and norms, or 'all' parameters.")] = "all",
+    train: Annotated[Trained, typer.Option(help="The experts with routers and norms, or all parameters.")] = "all",
     seed: Seed = 0, device: Device = None,
 ) -> None:  # fmt: skip
     """Train a compressed model to give what the dense model gives. Resumes; never farther from it on held-out text."""
@@ -491,7 +496,16 @@ def _size(count: float) -> str:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one red line and exit code 2."""
+    """Entry point: a user's mistake is one red line and exit code 2, a warning of ours a yellow one."""
+    shown = warnings.showwarning
+
+    def show(message: Warning, category: type, file: str, *rest: object) -> None:
+        if category is UserWarning and "moefactor" in file:
+            errors.print(RichText.assemble(("note:", "bold yellow"), f" {message}"), soft_wrap=True)
+        else:
+            shown(message, category, file, *rest)
+
+    warnings.showwarning = show
     try:
         app()
     except (UserError, FileExistsError, NotADirectoryError, PermissionError, FileNotFoundError) as error:
@@ -500,6 +514,8 @@ def main() -> None:
         # Assembled, not marked up: [brackets] in a name are not tags.
         errors.print(RichText.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(2)
+    finally:
+        warnings.showwarning = shown
 
 
 if __name__ == "__main__":

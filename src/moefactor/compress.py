@@ -57,7 +57,7 @@ def compress(
         allocation: `uniform`, `score` or `loss`; None for the method's own.
         device: CUDA when there is one unless said otherwise.
         heal: steps of distillation from the dense model afterwards, see heal.py; both models must fit in memory. Where
-            the model wrote a share of the calibration text, healing reads text of its own as well.
+            the model wrote a share of the calibration text, healing reads text of its own too.
         run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
             run continues from it when the same call is made again.
 
@@ -71,14 +71,16 @@ def compress(
     completed = chosen.complete(options)
     check_ratio(ratio)
     streamed = StreamedModel(model, default_device() if device is None else device)
-    text, own = None, 0.0
-    if needs_text(chosen, completed):
-        own = own_share(chosen, streamed, own_text)
-    if calibration is not None or needs_text(chosen, completed):  # read now: bad text fails before anything is written
-        text = Calibration.read(
-            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, progress=progress
-        )
+    reads = needs_text(chosen, completed)
+    own = own_share(chosen, streamed, own_text, calibration) if reads or own_text is not None else 0.0
+    own = own if reads else 0.0  # a method that reads no text has none written either
     folder = RunFolder(run or output.with_name(output.name + ".run"))
+    text = None
+    if calibration is not None or reads:  # read now: bad text fails before anything is written
+        text = Calibration.read(
+            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, kept=folder.own_text,
+            progress=progress,
+        )  # fmt: skip
     written = folder.folder / "unhealed" if heal else output
     if written != output:
         shutil.rmtree(written, ignore_errors=True)  # written again from the journal, which costs nothing

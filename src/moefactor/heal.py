@@ -32,13 +32,17 @@ from .progress import Progress, Steps, silent
 from .runtime.experts import FactorisedExperts
 from .runtime.transformers import load
 from .streaming import checked_device, compute_dtype
-from .text import load_tokenizer, model_length, read_text, sources, tokenise, windows, write_windows
+from .text import kept_windows, load_tokenizer, model_length, read_text, sources, tokenise, windows, write_windows
 
 STAGE = "heal"
+OWN_TEXT = "heal-text.safetensors"
 Trained = Literal["experts", "all"]
 # Of each tensor's root mean square and of the square root of the divergence at the start, nats: as far as the model is
 # from the dense one, so far its factors have to go.
 RATE = 0.05
+MANY = (
+    1000  # steps; with more of them the rate is lower, by their square root: at 5,000 it stood still for most of them
+)
 REST = 0.4  # of that for what is not part of the experts' layers: attention, embeddings, shared experts
 MIXTURES = 1 / 3  # of that where experts mix bases: a weight moves with its factor, with the mixing and with every base
 BATCH = 2048  # tokens a step
@@ -53,11 +57,11 @@ LOGITS = 1 << 26  # entries of the logits in memory at once
 HELD_OUT = 32  # windows, at most a tenth of the text
 LOOK = 50  # steps between looks at them
 OVERSHOT = 1.5  # times the divergence at the start: the rate was too high
-# Looks without a better state before it stops, of the second half: before, at high rates, it may be farther from the
-# dense model than it began, and end much nearer.
-PATIENCE = 8
+# Of the steps without a better state before it stops, in the second half: before, at high rates, it may be farther from
+# the dense model than it began, and end much nearer.
+PATIENCE = 0.25
 WARMUP = 40
-OWN_WINDOWS = 1024  # that the dense model writes at most, where the text is its own; half of what is read if less
+OWN_WINDOWS = 1024  # that the dense model writes at most, where the text is its own
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,10 @@ def heal(
     refuse_existing(output)
     if steps < 1:
         raise UserError(f"--heal needs at least one step, found {steps}.")
-    if labels < 0:
+    if not labels >= 0:
         raise UserError(f"--labels must not be negative, found {labels}.")
+    if not rate > 0:
+        raise UserError(f"The rate must be above 0, found {rate}.")
     if train not in get_args(Trained):
         raise unknown("choice of what to train", train, get_args(Trained))
     model = load(str(student), device=device, dtype=torch.float32)
@@ -109,8 +115,10 @@ def heal(
     if dense.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise UserError(f"{teacher}: has another vocabulary than {student}; give the model it was made from.")
     length = model_length(model.config, seqlen)
-    most = min(OWN_WINDOWS, max(HELD_OUT, steps * BATCH // (2 * length)))
-    every = _windows(teacher, folder, text, length, most, seed, device, progress)
+    place = _run_of(output, run)
+    # Of text of its own, half of what will be read, and never too little to hold some out.
+    own = min(OWN_WINDOWS, max(HELD_OUT, steps * max(1, BATCH // length) // 2))
+    every = _windows(dense, folder, text, length, own, seed, place / OWN_TEXT, progress)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     aside = min(HELD_OUT, len(every) // 10)
     if aside < 1:
@@ -118,10 +126,11 @@ def heal(
     held, seen = every[order[:aside].sort().values], every[order[aside:].sort().values]
     if any(isinstance(form, BasisMixture) for block in blocks for form in block.forms.values()):
         rate *= MIXTURES
+    rate *= min(1.0, math.sqrt(MANY / steps))
     rates = dict.fromkeys(trainable(model, held[:1].to(device)), rate)
     if train == "all":
         rates = {n: rates.get(n, REST * rate) for n, p in model.named_parameters() if p.is_floating_point()}
-    job = _Healing(model, dense, rates, seen, steps, labels, seed, _run_of(output, run))
+    job = _Healing(model, dense, rates, seen, steps, labels, seed, place)
     files = sorted(set(Checkpoint(folder).files.values()))
     given = hashlib.sha256(every.numpy().tobytes()).hexdigest()
     about = [*map(file_digest, files), steps, rate, labels, train, seed, length, given]
@@ -307,7 +316,7 @@ class _Healing:
             group["lr"] /= 3
 
     def _stuck(self) -> bool:
-        return self.step - max(self.best_step, self.steps // 2) >= PATIENCE * LOOK
+        return self.step - max(self.best_step, self.steps // 2) >= PATIENCE * self.steps
 
     def _left(self, key: str) -> dict | None:
         """The state on disk when the same healing left it; any other is left behind."""
@@ -329,22 +338,24 @@ class _Healing:
         self.step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
 
     def forget(self) -> None:
-        self.file.unlink(missing_ok=True)
+        for name in (self.file.name, OWN_TEXT):
+            (self.file.parent / name).unlink(missing_ok=True)
         if self.file.parent.is_dir() and not any(self.file.parent.iterdir()):
             self.file.parent.rmdir()
 
 
 def _windows(
-    teacher: str, folder: Path, text: str | None, length: int, most: int, seed: int, device: torch.device,
+    dense: nn.Module, folder: Path, text: str | None, length: int, count: int, seed: int, kept: Path,
     progress: Progress,
 ) -> Tensor:  # fmt: skip
-    """All of a text; of the dense model's own, at `most` so many windows."""
+    """All of a text, and `count` windows of the dense model's own where that is asked for."""
     read, own = sources(text)
     tokenizer, parts = load_tokenizer(folder), []
     if read or not own:
         parts.append(windows(tokenise(tokenizer, read_text(read)), length, text or "the built-in text"))
     if own:
-        parts.append(write_windows(teacher, tokenizer, most, length, seed, device, progress))
+        about = (dense.config.name_or_path, count, length, seed)
+        parts.append(kept_windows(kept, about, lambda: write_windows(dense, tokenizer, count, length, seed, progress)))
     return torch.cat(parts)
 
 
@@ -360,11 +371,15 @@ def _write(folder: Path, model: nn.Module, best: dict[str, Tensor], output: Path
     """The compressed folder again, with what was trained in place of what was there."""
     checkpoint = Checkpoint(folder)
     reader = ModelReader(checkpoint, model)
+    # A tied tensor has two names, and the checkpoint may have it under either or both.
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    every = {name: name_of[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    best = {name: best[first] for name, first in every.items() if first in best}
     targets, on_disk = reader.targets, reader.disk_layout(best)
 
     def change(name: str, tensor: Tensor) -> Tensor:
         healed = on_disk.get(name, best.get(targets.get(name, name)))
-        return tensor if healed is None else healed.to(tensor).view_as(tensor)
+        return tensor if healed is None else healed.to(tensor, copy=True).view_as(tensor)  # tied ones must not share
 
     with CheckpointWriter(output) as writer:
         writer.copy_plain(checkpoint, list(checkpoint.files), change=change)

@@ -1,9 +1,9 @@
 """How factors are trained: SOAP, at rates that fit each tensor, falling to nothing.
 
-SOAP (Vyas et al. 2024, arXiv 2409.11321) is Adam in the eigenbasis of the gradients' second moment, which a few steps
-of subspace iteration keep up to date. Factors are badly conditioned, since a change of a latent moves every expert
-behind it. Here only the shorter side of a matrix is rotated: the longer one is often many experts' rows, one below the
-other, which have nothing to do with each other.
+SOAP (Vyas et al. 2024, arXiv 2409.11321) is Adam in the eigenbasis of the gradients' second moment, which a step of
+subspace iteration now and then keeps up to date. Factors are badly conditioned, since a change of a latent moves every
+expert behind it. Here only the shorter side of a matrix is rotated: the longer one is often many experts' rows, one
+below the other, which have nothing to do with each other.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _matrices(gradient: Tensor) -> tuple[Tensor, bool]:
 
 
 def _follow(state: dict, gradient: Tensor) -> Tensor | None:
-    """(n, short, short): the eigenbasis of Σ gᵀg as of this step; None where there is nothing to rotate."""
+    """(n, short, short): the eigenbasis of the decaying mean of gᵀg, EVERY steps old at most; None where there is
+    nothing to rotate."""
     long, short = gradient.shape[1:]
     if long == 1 or not 1 < short <= LONGEST:
         return None
@@ -82,12 +83,21 @@ def _follow(state: dict, gradient: Tensor) -> Tensor | None:
     if "moment" not in state:
         state["moment"] = moment
         # The largest first: the iteration keeps the first columns best, and the last may be what rounding left.
-        state["basis"] = torch.linalg.eigh(moment).eigenvectors.flip(-1)
+        state["basis"] = _eigenvectors(moment).flip(-1)
         return state["basis"]
     state["moment"].lerp_(moment, 1 - MEMORY)
     if state["step"] % EVERY == 0:
         state["basis"] = torch.linalg.qr(state["moment"] @ state["basis"]).Q
     return state["basis"]
+
+
+def _eigenvectors(moment: Tensor) -> Tensor:
+    """Of symmetric matrices, many of whose eigenvalues may be 0 alike, which float32 solvers sometimes fail on."""
+    moment = moment.nan_to_num()
+    try:
+        return torch.linalg.eigh(moment).eigenvectors
+    except torch.linalg.LinAlgError:
+        return torch.linalg.eigh(moment.double()).eigenvectors.to(moment)
 
 
 def _rotated(rows: Tensor, basis: Tensor | None) -> Tensor:
@@ -99,5 +109,5 @@ def _scale(parameter: nn.Parameter) -> float:
 
 
 def falling(step: int, steps: int, warmup: int) -> float:
-    """1 at first, after `warmup` steps, and 0 at the end, in a straight line."""
+    """A straight line from 1 to 0, the first `warmup` steps from 0 up to it."""
     return min(1.0, (step + 1) / warmup) * max(0.0, 1 - step / steps)

@@ -2,6 +2,7 @@
 
 RUN/calibration.json        what was calibrated on
 RUN/stats/00003.safetensors one file a layer, by the layer's place among the expert layers
+RUN/own.safetensors         the windows of text that the model wrote itself
 RUN/plan.json
 RUN/layers/00003.safetensors  the compressed tensors of a layer
 RUN/journal.json            the finished layers: file, checksum, errors, loss curves, seconds
@@ -44,6 +45,11 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         return self.folder / "plan.json"
+
+    @property
+    def own_text(self) -> Path:
+        """The calibration windows that the model wrote itself."""
+        return self.folder / "own.safetensors"
 
     # -- calibration ---------------------------------------------------------------------------------------------
 

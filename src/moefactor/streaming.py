@@ -6,6 +6,7 @@ arguments (masks, positions) that each layer gets. Then each layer is loaded, ru
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from .forms import Routing
 from .fp8 import Fp8Source
 
 OBSERVED = "moefactor_observed"
-FITS = 0.7  # of the free memory, for the weights: what they work on needs some too
+FITS = 0.7  # of a device's memory, for the weights: what they work on needs some too
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 Tick = Callable[[], None]
 
@@ -138,11 +140,13 @@ class StreamedModel:
         self.model.set_experts_implementation(OBSERVED)
 
     def fits_in_memory(self) -> bool:
-        """Whether the whole model, in the dtype that it is run in, takes at most FITS of what its device has free."""
+        """Whether the whole model, in the dtype that it is run in, takes at most FITS of its device's memory.
+
+        Of all of it, not of what happens to be free: the same run must find the same again when it is resumed.
+        """
         tied = self.model.all_tied_weights_keys
         count = sum(p.numel() for name, p in self.model.named_parameters() if name not in tied)
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else virtual_memory().available
-        return count * self.dtype.itemsize <= FITS * free
+        return count * self.dtype.itemsize <= FITS * memory_of(self.device)
 
     def experts_of(self, decoder_layer: str) -> ExpertLayer | None:
         return next((e for e in self.experts if e.decoder_layer == decoder_layer), None)
@@ -312,3 +316,11 @@ def checked_device(device: torch.device | str | None) -> torch.device:
 def default_device() -> torch.device:
     """CUDA when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a device; of the host, what a container may use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else ""
+    return min(virtual_memory().total, int(limit) if limit.isdigit() else sys.maxsize)

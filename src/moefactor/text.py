@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, StoppingCriteriaList
+from transformers import AutoTokenizer, PreTrainedModel, StoppingCriteriaList
 
+from .checkpoint import read_tensors, write_tensors
 from .errors import UserError
 from .progress import Progress, Steps, silent
-from .runtime.transformers import load
 
 # Name -> (repository, configuration, text column); the splits are train to calibrate on and test to measure on.
 DATASETS = {
@@ -24,7 +26,8 @@ SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 PIECE = 1 << 16  # characters tokenised at a time
 LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
 OWN = "self"  # the name of the text that the model writes
-WRITTEN_AT_ONCE = 64  # windows
+WRITTEN_AT_ONCE = 64  # windows at most, and
+WRITTEN_TOKENS = 1 << 15  # of all of them: what the model keeps of each token can come to more than its weights
 STREAMED_DOCUMENTS = 20_000  # of c4 and other unbounded sets; more than any calibration reads
 
 
@@ -157,28 +160,28 @@ def start_token(tokenizer: object) -> int | None:
 
 
 def write_windows(
-    model_name: str, tokenizer: object, count: int, length: int, seed: int, device: torch.device,
-    progress: Progress = silent,
-) -> Tensor:  # fmt: skip
+    model: PreTrainedModel, tokenizer: object, count: int, length: int, seed: int, progress: Progress = silent
+) -> Tensor:
     """(count, length) token ids that the model writes itself, sampled as it would say them (temperature 1).
 
-    The one text that is sure to be of the kind that it was trained on. The whole model must fit on the device.
+    The one text that is sure to be of the kind that it was trained on.
     """
     start = start_token(tokenizer)
     if start is None:
-        raise UserError(f"{model_name}: its tokenizer has no token that begins a text, so it can't write any.")
-    model = load(model_name, device=device)
-    steps = Steps(progress, "write", -(-count // WRITTEN_AT_ONCE) * length)
+        name = model.config.name_or_path
+        raise UserError(f"{name}: its tokenizer has no token that begins a text, so it can't write any.")
+    at_once = max(1, min(WRITTEN_AT_ONCE, WRITTEN_TOKENS // length))
+    steps = Steps(progress, "own text", -(-count // at_once) * length)
 
     def written_one(ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         steps.tick()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # none of them is done
 
     parts = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for first in range(0, count, WRITTEN_AT_ONCE):
-            prompt = torch.full((min(WRITTEN_AT_ONCE, count - first), 1), start, device=model.device)
+        for first in range(0, count, at_once):
+            prompt = torch.full((min(at_once, count - first), 1), start, device=model.device)
             # No end token: a document that ends goes on with another, where stopping would leave padding.
             written = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, min_new_tokens=length,
@@ -187,3 +190,20 @@ def write_windows(
             )  # fmt: skip
             parts.append(written[:, -length:].cpu())
     return torch.cat(parts)
+
+
+def kept_windows(file: Path | None, about: tuple, write: Callable[[], Tensor]) -> Tensor:
+    """What `write` gives, from `file` where an earlier run has left the same; kept there otherwise.
+
+    Writing takes long, and a resumed run must read the same text even where sampling can't be repeated bit for bit.
+    """
+    name = hashlib.sha256(repr(about).encode()).hexdigest()
+    if file is not None and file.is_file():
+        found = read_tensors(file)
+        if name in found:
+            return found[name]
+    written = write()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, {name: written})
+    return written
