@@ -354,6 +354,18 @@ def test_data_free_reads_no_statistics(weights: ExpertWeights, stats: LayerStats
     assert method.plan_needs(options) == method.factorise_needs(options) == set()
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
+def test_without_text_a_third_of_the_ratio_goes_as_channels(ratio: float, weights: ExpertWeights, quick: None) -> None:
+    """But for those that what was left of the budget buys back; the user may say otherwise."""
+    (plan,), _ = planned([(weights, None)], 1 - ratio, form="fast", data_free=True)
+    layer = weights.layer
+    gone = layer.experts * layer.intermediate - sum(biaxial_plan.ragged_of(plan.forms["down"]).widths)
+    most = round(ratio / 3 * layer.experts * layer.intermediate)
+    assert 0.5 * most < gone <= most
+    (whole,), _ = planned([(weights, None)], 1 - ratio, form="fast", data_free=True, channel_share=0.0)
+    assert sum(biaxial_plan.ragged_of(whole.forms["down"]).widths) == layer.experts * layer.intermediate
+
+
 @pytest.mark.parametrize("prior", [0.0, 1.0])
 def test_what_a_basis_is_priced_at(weights: ExpertWeights, stats: LayerStats, prior: float) -> None:
     """With experts that differ in nothing but their weights, the tail of a singular value decomposition."""
