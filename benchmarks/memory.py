@@ -1,6 +1,6 @@
 """Peak memory of `moefactor compress`: it follows the largest layer, not the model.
 
-    python benchmarks/memory.py                              two sizes, four methods
+    python benchmarks/memory.py                              two sizes, five methods
     python benchmarks/memory.py --sizes ten --methods svd
 
 Random Qwen3-MoE checkpoints with the reference's tokenizer: `ten` has ten times the reference's parameters, `long`
@@ -28,7 +28,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 REFERENCE = Path(__file__).resolve().parents[1] / "assets" / "reference-moe"
-METHODS = ("svd", "whitened_svd", "shared_basis", "rfid")
+METHODS = ("svd", "whitened_svd", "shared_basis", "rfid", "biaxial")
 MEGABYTE = 1_000_000
 ALLOWANCE = 500 * MEGABYTE  # Python, torch, transformers, the calibration text
 
@@ -82,6 +82,7 @@ def measure(size: str, method: str, model: Path, folder: Path, samples: int) -> 
         sys.executable, "-m", "moefactor.cli", "compress", str(model), "--method", method, "--ratio", "0.4",
         "--samples", str(samples), "--seqlen", "256", "--device", "cpu", "--output", str(folder / "out"),
     ]  # fmt: skip
+    command += ["--own-text", "0"]  # writing text holds the whole model
     started = time.perf_counter()
     with open(folder / "log", "w+") as log:
         # Threads that wait for each other on small matrices can take fifty times as long.
