@@ -40,9 +40,7 @@ Trained = Literal["experts", "all"]
 # Of each tensor's root mean square and of the square root of the divergence at the start, nats: as far as the model is
 # from the dense one, so far its factors have to go.
 RATE = 0.05
-MANY = (
-    1000  # steps; with more of them the rate is lower, by their square root: at 5,000 it stood still for most of them
-)
+MANY = 1000  # steps: with more, the rate is lower by their square root; unchanged, 5,000 stood still for most of them
 REST = 0.4  # of that for what is not part of the experts' layers: attention, embeddings, shared experts
 MIXTURES = 1 / 3  # of that where experts mix bases: a weight moves with its factor, with the mixing and with every base
 BATCH = 2048  # tokens a step
