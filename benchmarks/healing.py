@@ -3,6 +3,8 @@
     python benchmarks/healing.py                                   fast form, 40 and 60 %, 2 M tokens, both texts
     python benchmarks/healing.py --ratios 0.6 --tokens 10000000 --calibrations like
     python benchmarks/healing.py --form linear samples=1024 refine_steps=600       from a better start
+    python benchmarks/healing.py --own-text 0.5            as `compress --heal` does: half of the text the model's own
+    python benchmarks/healing.py --model results/second-moe --output results/second-healing.json
 
 Columns as in quality.py. Prints a table as it goes and writes JSON (default results/healing.json); rows already there
 are not run again.
@@ -18,16 +20,19 @@ from pathlib import Path
 
 import moefactor
 from moefactor.heal import BATCH
+from moefactor.text import with_own
 from quality import CALIBRATIONS, MODEL, ROOT, TEXTS, line, measure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--ratios", default="0.4,0.6")
     parser.add_argument("--calibrations", default="like,unlike")
     parser.add_argument("--form", default="fast", choices=("fast", "linear", "tight"))
     parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--own-text", type=float, default=0.0, help="share of the text that the model writes itself")
     parser.add_argument("options", nargs="*", help="of compress, as name=number", metavar="OPTION=NUMBER")
     parser.add_argument("--output", type=Path, default=Path("results/healing.json"))
     arguments = parser.parse_args()
@@ -35,30 +40,32 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if "dense" not in results:
-        results["dense"] = measure(MODEL, arguments.data)
+        results["dense"] = measure(arguments.model, arguments.data)
     print(
         f"{'':38}{'ratio':>6}{'text':>10}{'kept':>9}" + "".join(f"{t:>10}" for t in TEXTS) + f"{'× dense':>9}{'s':>9}"
     )
     for ratio in map(float, arguments.ratios.split(",")):
         for text in arguments.calibrations.split(","):
             key = "/".join(map(str, (arguments.form, ratio, text, arguments.tokens, *arguments.options)))
+            key += f"/{arguments.own_text}" if arguments.own_text else ""
             if key not in results:
-                chosen = options | {"form": arguments.form}
-                results[key] = run(ratio, arguments.data, text, arguments.tokens, chosen)
+                chosen = options | {"form": arguments.form, "own_text": arguments.own_text}
+                results[key] = run(arguments.model, ratio, arguments.data, text, arguments.tokens, chosen)
                 arguments.output.write_text(json.dumps(results, indent=1))
             for state, row in results[key].items():
                 label = f"{arguments.form}, {state}, {arguments.tokens / 1e6:g} M tokens"
                 print(line(label, ratio, text, row, results["dense"]), flush=True)
 
 
-def run(ratio: float, data: Path, text: str, tokens: int, options: dict) -> dict:
+def run(model: Path, ratio: float, data: Path, text: str, tokens: int, options: dict) -> dict:
     source = str(data / CALIBRATIONS[text])
     with tempfile.TemporaryDirectory() as folder:
         plain, healed = Path(folder) / "plain", Path(folder) / "healed"
         started = time.perf_counter()
-        moefactor.compress(str(MODEL), "biaxial", ratio, plain, calibration=source, own_text=0, seqlen=256, **options)
+        moefactor.compress(str(model), "biaxial", ratio, plain, calibration=source, seqlen=256, **options)
         middle = time.perf_counter()
-        report = moefactor.heal(plain, str(MODEL), healed, steps=-(-tokens // BATCH), text=source, seqlen=256)
+        text = with_own(source) if options["own_text"] else source
+        report = moefactor.heal(plain, str(model), healed, steps=-(-tokens // BATCH), text=text, seqlen=256)
         end = time.perf_counter()
         return {
             "unhealed": {"seconds": middle - started, **measure(plain, data)},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from models import IDS, load
 from moefactor.calibrate import Calibration, calibrate
@@ -17,7 +18,7 @@ from moefactor.methods import METHODS
 from moefactor.planning import make_plan
 from moefactor.run_folder import RunFolder
 from moefactor.stats import GRADIENTS, STATISTICS, LayerStats
-from moefactor.streaming import OBSERVED, StreamedModel
+from moefactor.streaming import OBSERVED, StreamedModel, _multiply
 from tiny import TINY
 
 FORWARD = set(STATISTICS) - GRADIENTS  # what a forward pass collects
@@ -129,3 +130,24 @@ def test_sequential_statistics_are_those_behind_factorised_layers(
     assert_same(seen[1], collected(half, second.name, second))
     plain = collected(load(source), second.name, second)
     assert float((seen[1].input_moment - plain.input_moment).norm() / plain.input_moment.norm()) > 1e-2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sixteen_bit_products_come_in_few_shapes(transposed: bool) -> None:
+    """On a CPU each shape is compiled and kept; what comes out is the product of the rows that went in."""
+    shapes = set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: object = None):
+            if function is torch.Tensor.matmul:
+                shapes.add(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 16, generator=generator).bfloat16()
+    for n in (0, 1, 63, 64, 65, 200):
+        x = torch.randn(n, 24, generator=generator).bfloat16()
+        with Watch():
+            out = _multiply(x, weight if transposed else weight.T, transposed)
+        torch.testing.assert_close(out.float(), x.float() @ weight.float(), rtol=2e-2, atol=2e-2)
+    assert shapes == {(0, 24), (64, 24), (128, 24), (256, 24)}

@@ -141,11 +141,11 @@ class _Job:
         experts = FactorisedExperts.replacing(module, self.plan.layers[index])
 
         def expert(number: int, x: Tensor) -> Tensor:
-            parts = [p[number] for p in (weights.gate, weights.up) if p is not None]
+            parts = [p[number].to(x) for p in (weights.gate, weights.up) if p is not None]
             before = x @ torch.cat(parts).T
             if weights.layer.biased:
                 before = before + weights.biases()["first_bias"][number]
-            return experts._activate(before) @ weights.down[number].T
+            return experts._activate(before) @ weights.down[number].to(x).T
 
         def compressed(tensors: dict[str, Tensor]) -> nn.Module:
             built = FactorisedExperts.replacing(module, self.plan.layers[index])
@@ -192,7 +192,8 @@ class _Job:
         original = getattr(parent, leaf)
         experts = FactorisedExperts.replacing(original, layer_plan)
         prefix = layer_plan.layer.name + "."
-        dtype = self.model.dtype  # what is run in need not be what is stored in
+        # What is run in need not be what is stored in; 16-bit products of many shapes see streaming._multiply.
+        dtype = torch.float32 if self.model.device.type == "cpu" else self.model.dtype
         tensors = {
             k.removeprefix(prefix): v.to(self.model.device, dtype if v.is_floating_point() else None)
             for k, v in self.run.layer(index).items()

@@ -27,6 +27,7 @@ from .forms import Routing
 from .fp8 import Fp8Source
 
 OBSERVED = "moefactor_observed"
+ROWS = 64  # multiples of rows that 16-bit products on a CPU come in
 FITS = 0.7  # of a device's memory, for the weights: what they work on needs some too
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
@@ -97,7 +98,11 @@ def _show_first(watcher: GradientObserver, module: nn.Module, expert: int, gradi
 
 
 def _multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    return x @ weight if transposed else x @ weight.T
+    """On a CPU, oneDNN compiles 16-bit products for every number of rows and keeps a thousand of them: hundreds of
+    megabytes. So rows are filled up to few different numbers."""
+    filled = -len(x) % ROWS if x.device.type == "cpu" and x.dtype.itemsize == 2 else 0
+    rows = nn.functional.pad(x, (0, 0, 0, filled))
+    return (rows @ weight if transposed else rows @ weight.T)[: len(x)]
 
 
 ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)

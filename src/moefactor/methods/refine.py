@@ -19,6 +19,7 @@ from ..forms import Routing
 
 RATE = 0.006  # of each tensor's root mean square
 BATCH = 4096  # tokens a step
+PART = 1024  # tokens at a time: what a backward pass keeps of them is the most that refining holds
 HELD_OUT = 16  # one token in so many decides what is kept
 LOOK = 25  # steps between looks at the held-out tokens
 
@@ -48,7 +49,7 @@ class LayerTokens:
         compressed first projections, and their bias."""
         routing = Routing(self.index, self.weight, self.layer.experts)
         for expert, (start, end) in enumerate(routing.bounds):
-            x = self.inputs[routing.token[start:end]]
+            x = self.inputs[routing.token[start:end]].float()
             g = routing.weight[start:end].unsqueeze(1).to(x)
             before = x @ first[expert].to(x).T
             h = self.activate(before if bias is None else before + bias[expert].to(x))
@@ -78,27 +79,30 @@ def refine(
         optimiser, lambda s: min(1.0, (s + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps))))
     )
     generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # once: a token is drawn several times
+        batches = zip(*(t.split(PART) for t in (tokens.inputs, tokens.index, tokens.weight)), strict=True)
+        wanted = torch.cat([tokens.dense(*batch) for batch in batches])
 
     def error(chosen: Tensor) -> Tensor:
-        batch = (tokens.inputs[chosen].float(), tokens.index[chosen], tokens.weight[chosen])
-        with torch.no_grad():
-            wanted = tokens.dense(tokens.inputs[chosen], *batch[1:]).float()
-        return (((module(*batch) - wanted) @ root).square().sum(1)).mean()
+        given = module(tokens.inputs[chosen].float(), tokens.index[chosen], tokens.weight[chosen])
+        return ((given - wanted[chosen]) @ root).square().sum()
 
     def held_out() -> float:
         with torch.no_grad():
-            return error(held).item()
+            return sum(error(part).item() for part in held.split(PART)) / len(held)
 
     best, state, curve = held_out(), None, []
     with torch.enable_grad():
         for step in range(steps):
             chosen = seen[torch.randint(len(seen), (min(BATCH, len(seen)),), generator=generator).to(seen.device)]
-            loss = error(chosen)
             optimiser.zero_grad()
-            loss.backward()
+            curve.append(0.0)
+            for part in chosen.split(PART):
+                loss = error(part) / len(chosen)
+                loss.backward()
+                curve[-1] += loss.item()
             optimiser.step()
             schedule.step()
-            curve.append(loss.item())
             if (step + 1) % LOOK == 0 or step + 1 == steps:
                 now = held_out()
                 if now < best:
