@@ -314,7 +314,8 @@ class _Healing:
             group["lr"] /= 3
 
     def _stuck(self) -> bool:
-        return self.step - max(self.best_step, self.steps // 2) >= PATIENCE * self.steps
+        patience = max(PATIENCE * self.steps, 4 * LOOK)  # a short healing would else end unseen
+        return self.step - max(self.best_step, self.steps // 2) >= patience
 
     def _left(self, key: str) -> dict | None:
         """The state on disk when the same healing left it; any other is left behind."""
