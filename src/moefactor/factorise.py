@@ -32,6 +32,9 @@ from .streaming import Activations, StreamedModel
 STAGE = "factorise"
 # Of a layer, that a second look keeps: enough for every expert, and 2 GB at a hidden size of 7168 in bfloat16.
 MOST_TOKENS = 131_072
+# Parameters: layers that run in float32 on a CPU once they are compressed. 16-bit products leave kernels behind for
+# every shape (streaming._multiply), up to a few hundred megabytes, more than the wider copy takes.
+SMALL = 1 << 26
 
 
 def factorise(
@@ -192,8 +195,9 @@ class _Job:
         original = getattr(parent, leaf)
         experts = FactorisedExperts.replacing(original, layer_plan)
         prefix = layer_plan.layer.name + "."
-        # What is run in need not be what is stored in; 16-bit products of many shapes see streaming._multiply.
-        dtype = torch.float32 if self.model.device.type == "cpu" else self.model.dtype
+        dtype = self.model.dtype  # what is run in need not be what is stored in
+        if self.model.device.type == "cpu" and layer_plan.layer.parameter_count <= SMALL:
+            dtype = torch.float32
         tensors = {
             k.removeprefix(prefix): v.to(self.model.device, dtype if v.is_floating_point() else None)
             for k, v in self.run.layer(index).items()
