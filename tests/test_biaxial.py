@@ -327,6 +327,24 @@ def highest_ratio(kind: str, **options: object) -> float:
     return float(re.search(r"is (0\.\d+)", str(caught.value)).group(1))
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 0.5), (-1.0, 1 - biaxial_plan.PROBED)])
+def test_mixtures_are_probed_on_the_cut_where_it_is_known(
+    share: float, kept: float, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short fits of a layer with other channels than it will have price its mixtures too high."""
+    probed: list[int] = []
+    corners = biaxial_plan._corners
+
+    def noted(believed: Metrics, cut: Cut, *rest: object) -> dict:
+        probed.append(sum(len(channels) for channels in cut.kept))
+        return corners(believed, cut, *rest)
+
+    monkeypatch.setattr(biaxial_plan, "_corners", noted)
+    layers = seen(count=2)
+    planned(layers, 0.35, form="tight", channel_share=share)
+    assert probed == [round(kept * w.layer.experts * w.layer.intermediate) for w, _ in layers]
+
+
 @pytest.mark.parametrize("options", [{}, {"channel_share": 0.1}, {"form": "tight", "channel_share": 0.2}])
 def test_the_highest_ratio_is_named(options: dict, quick: None) -> None:
     highest = highest_ratio("gated", **options)

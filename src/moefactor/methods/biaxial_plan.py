@@ -35,6 +35,7 @@ SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6,
 RANKS = {"first": (0.6, 1.6), "down": (0.5, 1.0)}
 BASES = (2, 8)
 PROBE_STEPS = 60
+PROBED = 0.25  # share of the channels gone where one cut speaks for a whole grid of them
 MOST_BASES = 64
 FRONT = 100
 Corners = list[list[float]]  # log(relative loss) at RANKS × BASES
@@ -157,7 +158,8 @@ def _table(
         removed, down_energy = _down_costs(believed, cut)
         first_energy = float(sum(energy[e][believed.rows(k)].sum() for e, k in enumerate(cut.kept)))
         if form in MIXING and not corners:
-            corners = _corners(believed, Cut.of(fitted, prices, _widths(prices, 0.25)), MIXING[form], seed)
+            probed = cut if len(shares) == 1 else Cut.of(fitted, prices, _widths(prices, PROBED))
+            corners = _corners(believed, probed, MIXING[form], seed)
         offers = {}
         for stack, halves, directions, whole in (
             (layer.first_stack, fitted.halves, cut.first_directions(believed)[0], first_energy),
