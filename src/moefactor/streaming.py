@@ -100,9 +100,10 @@ def _show_first(watcher: GradientObserver, module: nn.Module, expert: int, gradi
 def _multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """On a CPU, oneDNN compiles 16-bit products for every number of rows and keeps a thousand of them: hundreds of
     megabytes. So rows are filled up to few different numbers."""
-    filled = -len(x) % ROWS if x.device.type == "cpu" and x.dtype.itemsize == 2 else 0
-    rows = nn.functional.pad(x, (0, 0, 0, filled))
-    return (rows @ weight if transposed else rows @ weight.T)[: len(x)]
+    missing = -len(x) % ROWS if x.device.type == "cpu" and x.dtype.itemsize == 2 else 0
+    if missing:
+        return _multiply(nn.functional.pad(x, (0, 0, 0, missing)), weight, transposed)[: len(x)]
+    return x @ weight if transposed else x @ weight.T
 
 
 ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)

@@ -150,6 +150,9 @@ def _table(
     layer = fitted.layer
     prices, energy = fitted.prices(), believed.first_energy()
     corners: dict[str, Corners] = {}
+    if form in MIXING:
+        probed = shares[0] if len(shares) == 1 else PROBED
+        corners = _corners(believed, Cut.of(fitted, prices, _widths(prices, probed)), MIXING[form], seed)
     rows = []
     for share in shares:
         widths = _widths(prices, share)
@@ -157,9 +160,6 @@ def _table(
         kept = sum(widths)
         removed, down_energy = _down_costs(believed, cut)
         first_energy = float(sum(energy[e][believed.rows(k)].sum() for e, k in enumerate(cut.kept)))
-        if form in MIXING and not corners:
-            probed = cut if len(shares) == 1 else Cut.of(fitted, prices, _widths(prices, PROBED))
-            corners = _corners(believed, probed, MIXING[form], seed)
         offers = {}
         for stack, halves, directions, whole in (
             (layer.first_stack, fitted.halves, cut.first_directions(believed)[0], first_energy),
