@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                            every method, 20 to 60 %, three calibration texts
     python benchmarks/quality.py --ratios 0.4 --rows rfid svd
+    python benchmarks/quality.py --rows "biaxial, tight" --calibrations own,unnamed     no text given
     python benchmarks/quality.py --table ablation           the parts of RFID, each off in turn
     python benchmarks/quality.py --table options            options of the peers
     python benchmarks/quality.py --table parts              the parts of biaxial, each off in turn
@@ -23,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import moefactor
+from moefactor.text import OWN
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "reference-moe"
@@ -38,6 +40,7 @@ CALIBRATIONS = {
     "unlike": "calibration-mix.txt",
     "wikitext2": "wikitext2/valid.txt",
     "own": "self",  # written by the model
+    "unnamed": None,  # what a method reads where no text is given
     "eight": "calibration-proportional.txt",  # its first FEW characters: eight windows
 }
 FEW = 6_900
@@ -114,9 +117,9 @@ def measure(model: Path | str, data: Path) -> dict:
     return {**asdict(result), "model": None, "perplexity": perplexity, "mean": result.mean_perplexity}
 
 
-def calibration_of(text: str, data: Path) -> str:
+def calibration_of(text: str, data: Path) -> str | None:
     source = CALIBRATIONS[text]
-    if source == "self":
+    if source in (None, OWN):
         return source
     if text != "eight":
         return str(data / source)
@@ -126,8 +129,10 @@ def calibration_of(text: str, data: Path) -> str:
 
 
 def run_row(
-    model: Path, method: str, options: dict, ratio: float, calibration: str, samples: int, data: Path
+    model: Path, method: str, options: dict, ratio: float, calibration: str | None, samples: int, data: Path
 ) -> dict:  # fmt: skip
+    if calibration in (None, OWN):
+        options = {name: value for name, value in options.items() if name not in GIVEN}
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         out = moefactor.compress(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,8 @@ from models import IDS, load, logits, read_plan, rebuilt
 from moefactor.errors import UserError
 from moefactor.experts import CompressedExperts, ExpertLayer, ExpertWeights
 from moefactor.forms import BasisMixture, Latent, Ragged, Routing, form_from_json
-from moefactor.methods import METHODS, biaxial, biaxial_plan
+from moefactor.methods import METHODS, biaxial, biaxial_mixture, biaxial_plan
+from moefactor.methods.biaxial_mixture import MixturePrices, mixture_prices
 from moefactor.methods.biaxial_plan import Candidate, Choice, Row, forms_of
 from moefactor.methods.metrics import RIDGE, Cut, Metrics, roots
 from moefactor.methods.mixture import Problem, group_starts
@@ -237,8 +239,8 @@ def test_roots() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Corners of `tight` from fits of a few steps, and a coarser table."""
-    monkeypatch.setattr(biaxial_plan, "PROBE_STEPS", 3)
+    """Prices of mixtures from shorter fits, and a coarser table."""
+    monkeypatch.setattr(biaxial_mixture, "STEPS", 30)
     monkeypatch.setattr(biaxial_plan, "SHARES", (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.9))
 
 
@@ -327,22 +329,22 @@ def highest_ratio(kind: str, **options: object) -> float:
     return float(re.search(r"is (0\.\d+)", str(caught.value)).group(1))
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.5, 0.5), (-1.0, 1 - biaxial_plan.PROBED)])
+@pytest.mark.parametrize(("share", "probed"), [(0.5, (0.5,)), (-1.0, biaxial_plan.PROBED)])
 def test_mixtures_are_probed_on_the_cut_where_it_is_known(
-    share: float, kept: float, quick: None, monkeypatch: pytest.MonkeyPatch
+    share: float, probed: tuple[float, ...], quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short fits of a layer with other channels than it will have price its mixtures too high."""
-    probed: list[int] = []
-    corners = biaxial_plan._corners
+    found: list[dict[float, int]] = []
 
-    def noted(believed: Metrics, cut: Cut, *rest: object) -> dict:
-        probed.append(sum(len(channels) for channels in cut.kept))
-        return corners(believed, cut, *rest)
+    def noted(believed: Metrics, cuts: dict[float, Cut], *rest: object) -> MixturePrices:
+        found.append({share: sum(len(channels) for channels in cut.kept) for share, cut in cuts.items()})
+        return mixture_prices(believed, cuts, *rest)
 
-    monkeypatch.setattr(biaxial_plan, "_corners", noted)
-    layers = seen(count=2)
-    planned(layers, 0.35, form="tight", channel_share=share)
-    assert probed == [round(kept * w.layer.experts * w.layer.intermediate) for w, _ in layers]
+    monkeypatch.setattr(biaxial_plan, "mixture_prices", noted)
+    ((weights, stats),) = seen()
+    planned([(weights, stats)], 0.35, form="tight", channel_share=share)
+    channels = weights.layer.experts * weights.layer.intermediate
+    assert found == [{share: round((1 - share) * channels) for share in probed}] * 2  # gate and up, down
 
 
 @pytest.mark.parametrize("options", [{}, {"channel_share": 0.1}, {"form": "tight", "channel_share": 0.2}])
@@ -392,7 +394,7 @@ def test_what_a_basis_is_priced_at(weights: ExpertWeights, stats: LayerStats, pr
     offers = biaxial_plan._latents(weights.layer, 2 * 8 * 16, cut.first_directions()[0], 1)
     singular = torch.linalg.svdvals(metrics.first.weights.double().flatten(0, 1))
     level = 0.5 * metrics.sensitivity[0, 0] * metrics.input(0)[0, 0]
-    whole = biaxial_plan._cost_of(metrics, cut, "first", cut.first_rows())
+    whole = biaxial_mixture.cost_of(metrics, cut, "first", cut.first_rows())
     for offer in offers[1:]:
         assert offer.cost == offer.rank * (256 + 24)
         tail = float(level * singular[offer.rank :].square().sum())
@@ -400,11 +402,11 @@ def test_what_a_basis_is_priced_at(weights: ExpertWeights, stats: LayerStats, pr
     plan = LayerPlan(weights.layer, forms_of(weights.layer, (16,) * 8, {"gate_up": offers[7], "down": Candidate(0, 0)}))
     result = biaxial.factorise(weights, metrics.stats, plan, seed=0, shrinkage=prior, data_free=prior == 0)
     changes = [w - result.stack("gate_up")[e].double() for e, w in enumerate(cut.first_rows())]
-    assert biaxial_plan._cost_of(metrics, cut, "first", changes) == pytest.approx(offers[7].loss, rel=1e-4)
+    assert biaxial_mixture.cost_of(metrics, cut, "first", changes) == pytest.approx(offers[7].loss, rel=1e-4)
     # The same of down: D ≈ D·(G^{1/2} v)(v G^{-1/2}).
     prices, basis, inward = cut.down_directions()
     changes = [d - d @ inward[:, :9] @ basis[:9] for d in cut.down]
-    assert biaxial_plan._cost_of(metrics, cut, "down", changes) == pytest.approx(float(prices[9:].sum()), rel=1e-4)
+    assert biaxial_mixture.cost_of(metrics, cut, "down", changes) == pytest.approx(float(prices[9:].sum()), rel=1e-4)
 
 
 def random_tables(seed: int) -> list[list[Row]]:
@@ -462,12 +464,43 @@ def test_a_front_has_nothing_that_another_beats() -> None:
     assert (dense[0].cost, dense[-1].cost) == (0, 999)
 
 
-def test_interpolation_meets_its_corners() -> None:
-    corners, span = [[-1.0, -2.0], [-3.0, -5.0]], biaxial_plan.RANKS["first"]
-    for rank, row in zip(span, corners, strict=True):
-        found = [biaxial_plan._bilinear(corners, span, rank, bases) for bases in biaxial_plan.BASES]
-        assert found == pytest.approx(row)
-    assert biaxial_plan._bilinear(corners, span, sum(span) / 2, 4) == pytest.approx(-2.75)  # 4: halfway from 2 to 8
+def test_prices_of_mixtures_go_in_straight_lines_through_what_was_fitted() -> None:
+    few, many = biaxial_mixture.FEW, biaxial_mixture.MANY
+    prices = MixturePrices(((0.0, 0.0), (0.5, -1.0), (1.0, -3.0)), 0.5, ((0.0, 1.5), (0.2, 1.0)))
+    for rank, log in ((0.0, 0.0), (0.25, -0.5), (0.5, -1.0), (0.75, -2.0), (1.0, -3.0), (1.25, -4.0)):
+        assert prices.log_loss(rank, many, 0.2) == pytest.approx(log)
+        assert prices.log_loss(rank, few, 0.2) == pytest.approx(log / 2)
+        assert prices.log_loss(rank, 4, 0.2) == pytest.approx(0.75 * log)  # 4: halfway from 2 to 8
+        assert prices.log_loss(rank, many, 0.1) == pytest.approx(1.25 * log)
+        assert prices.log_loss(rank, many, 0.4) == pytest.approx(log / 2)
+        assert prices.log_loss(rank, many, 0.7) == 0.0  # no mixture adds to the loss
+
+
+@pytest.mark.parametrize("side", ["first", "down"])
+def test_prices_of_mixtures_are_near_what_long_fits_come_to(side: biaxial_mixture.Side, weights: ExpertWeights) -> None:
+    """At ranks, numbers of bases and a cut between those of the short fits."""
+    metrics = Metrics(weights, None, 0.0)
+    widths = {0.0: [16] * 8, 0.125: [14] * 8, 0.25: [12] * 8}
+    cuts = {share: Cut.of(metrics, metrics.prices(), kept) for share, kept in widths.items()}
+    prices = mixture_prices(metrics, {share: cuts[share] for share in (0.25, 0.0)}, side, "silu", 0)
+    cut = cuts[0.125]
+    rows = cut.first_rows() if side == "first" else cut.down
+    problem = biaxial_mixture.mixture_problem(cut, side, "silu")
+    whole = biaxial_mixture.cost_of(metrics, cut, side, rows)
+    for rank, bases in ((7, 2), (9, 4), (12, 3)):
+        _, rebuilt = biaxial_mixture.fit_mixture(problem, bases, rank, 600, 0)
+        changes = [r - f[: len(r)].double() for r, f in zip(rows, rebuilt, strict=True)]
+        log = math.log(biaxial_mixture.cost_of(metrics, cut, side, changes) / whole)
+        assert prices.log_loss(rank / 14, bases, 0.125) == pytest.approx(log, rel=0.2)
+
+
+@pytest.mark.parametrize("form", ["linear", "tight"])
+def test_a_layer_too_small_for_the_short_fits_ranks(form: str) -> None:
+    """Several of them come to the same rank, the hidden size; the plan meets its budget all the same."""
+    layer = replace(LAYERS["gated"], hidden=4)
+    weights = random_weights(layer, seed=0)
+    (plan,), _ = planned([(weights, None)], 0.6, form=form, data_free=True)
+    assert plan.parameter_count() <= 0.6 * layer.parameter_count
 
 
 def test_a_diagonal_metric_is_a_matrix() -> None:
@@ -747,7 +780,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tight_beats_plain_svd_on_the_reference_model(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(biaxial_plan, "PROBE_STEPS", 2)
+    monkeypatch.setattr(biaxial_mixture, "STEPS", 2)
     monkeypatch.setattr(biaxial_plan, "SHARES", (0.1, 0.3))
     options = {"form": "tight", "steps": 10, "refine_steps": 3}
     moefactor.compress(str(REFERENCE), "svd", 0.5, tmp_path / "svd")

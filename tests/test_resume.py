@@ -16,7 +16,7 @@ from models import digests
 from moefactor import factorise as factorise_module
 from moefactor.checkpoint import CheckpointWriter
 from moefactor.errors import UserError
-from moefactor.methods import biaxial_plan
+from moefactor.methods import biaxial_mixture
 from moefactor.run_folder import RunFolder
 
 # Dies the moment the journal has its second layer, as a power cut would: no exception, no clean-up.
@@ -87,7 +87,7 @@ METHODS = [
 def test_interrupted_and_started_again_gives_the_same_bytes(
     method: dict, job: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(biaxial_plan, "PROBE_STEPS", 3)  # or planning is most of the test
+    monkeypatch.setattr(biaxial_mixture, "STEPS", 3)  # or planning is most of the test
     enter, job = RunFolder.enter, job | method
 
     def and_stop(self: RunFolder, digest: str, entries: dict) -> None:

@@ -31,7 +31,8 @@ from ..linalg import weighted_least_squares
 from ..plan import LayerPlan
 from ..stats import LayerStats
 from .base import Method, options_of
-from .biaxial_plan import FormName, fit_mixture, mixture_problem, plan_layers, ragged_of
+from .biaxial_mixture import fit_mixture, mixture_problem
+from .biaxial_plan import FormName, plan_layers, ragged_of
 from .channels import kept_biases
 from .metrics import Cut, Metrics, relative_first_error, solve_down
 from .mixture import mixed

@@ -5,8 +5,7 @@ candidates left, (loss, parameters, rank, bases). A price of a parameter (a Lagr
 candidates in every layer alone; bisection finds the price at which the budget is met. What remains is spent on better
 candidates, then on channels bought back.
 
-The loss of channels and of one basis is in closed form. That of a mixture is not: short fits at four corners of rank
-and number of bases are interpolated, log(relative loss) being close to bilinear in rank and log(bases).
+The loss of channels and of one basis is in closed form; that of a mixture is foretold (biaxial_mixture.py).
 """
 
 from __future__ import annotations
@@ -24,22 +23,18 @@ from ..experts import ExpertLayer, ExpertWeights
 from ..forms import BasisMixture, Form, Latent, Ragged
 from ..plan import LayerPlan
 from ..stats import LayerStats
+from .biaxial_mixture import RANKS, MixturePrices, Side, mixture_prices
 from .channels import ragged_forms
 from .metrics import Cut, Metrics
-from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
 
 FormName = Literal["fast", "linear", "tight"]
 MIXING = {"linear": "identity", "tight": "silu"}  # form -> activation of its mixtures; `fast` has none
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
-# Corners of the short fits: ranks as multiples of the mean number of channels kept, and bases.
-RANKS = {"first": (0.6, 1.6), "down": (0.5, 1.0)}
-BASES = (2, 8)
-PROBE_STEPS = 60
-PROBED = 0.25  # share of the channels gone where one cut speaks for a whole grid of them
+# Where mixtures are probed for a whole grid: with so much of the channels gone, near what is chosen from 40 % up, and a
+# little with none.
+PROBED = (0.25, 0.0)
 MOST_BASES = 64
 FRONT = 100
-Corners = list[list[float]]  # log(relative loss) at RANKS × BASES
-RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -149,10 +144,12 @@ def _table(
 ) -> list[Row]:
     layer = fitted.layer
     prices, energy = fitted.prices(), believed.first_energy()
-    corners: dict[str, Corners] = {}
+    foretold: dict[Side, MixturePrices] = {}
     if form in MIXING:
-        probed = shares[0] if len(shares) == 1 else PROBED
-        corners = _corners(believed, Cut.of(fitted, prices, _widths(prices, probed)), MIXING[form], seed)
+        probed = shares if len(shares) == 1 else PROBED
+        cuts = {share: Cut.of(fitted, prices, _widths(prices, share)) for share in probed}
+        for side in ("first", "down"):
+            foretold[side] = mixture_prices(believed, cuts, side, MIXING[form], seed)
     rows = []
     for share in shares:
         widths = _widths(prices, share)
@@ -168,9 +165,7 @@ def _table(
             offers[stack] = _latents(layer, halves * kept, directions, multiple)
             if form in MIXING:
                 side = "down" if stack == "down" else "first"
-                offers[stack] += _mixtures(
-                    layer, halves, kept, whole, corners[stack], RANKS[side], multiple, MIXING[form]
-                )
+                offers[stack] += _mixtures(layer, halves, kept, whole, foretold[side], side, multiple, MIXING[form])
             offers[stack] = _front(offers[stack])
         rows.append(Row(widths, removed, offers))
     return rows
@@ -204,20 +199,22 @@ def _latents(layer: ExpertLayer, rows: int, directions: Tensor, multiple: int) -
 
 
 def _mixtures(
-    layer: ExpertLayer, halves: int, kept: int, energy: float, corners: Corners, span: tuple[float, float],
-    multiple: int, activation: str,
+    layer: ExpertLayer, halves: int, kept: int, energy: float, foretold: MixturePrices, side: Side, multiple: int,
+    activation: str,
 ) -> list[Candidate]:  # fmt: skip
-    """Mixtures of every rank and number of bases that the corners can speak for."""
+    """Mixtures of every rank and number of bases that the short fits can speak for."""
     mean = max(kept / layer.experts, 1e-9)
-    most = min(layer.hidden, halves * layer.intermediate, int(1.2 * span[1] * mean))
-    ranks = [rank for rank in _ranks(multiple, most) if rank >= 0.7 * span[0] * mean]
+    share = 1 - mean / layer.intermediate
+    least, *_, most = (rank * mean for rank in RANKS[side])
+    ranks = _ranks(multiple, min(layer.hidden, halves * layer.intermediate, int(1.2 * most)))
     every = [m for m in range(2, min(MOST_BASES, layer.experts // 2) + 1) if m <= 16 or m % 4 == 0]
     return [
         Candidate(
-            energy * math.exp(min(0.0, _bilinear(corners, span, rank / mean, bases))),
+            energy * math.exp(foretold.log_loss(rank / mean, bases, share)),
             halves * kept * rank + bases * (rank * layer.hidden + layer.experts), rank, bases, activation,
         )
         for rank in ranks
+        if rank >= 0.7 * least
         for bases in every
     ]  # fmt: skip
 
@@ -234,89 +231,6 @@ def _front(candidates: list[Candidate]) -> list[Candidate]:
 
 def _ranks(multiple: int, most: int) -> range:
     return range(min(multiple, most), most + 1, multiple) if most >= 1 else range(0)
-
-
-def _bilinear(corners: Corners, span: tuple[float, float], rank: float, bases: int) -> float:
-    """log(relative loss), from (2, 2) of it at RANKS × BASES; beyond the corners the lines go on."""
-    (few_low, many_low), (few_high, many_high) = corners
-    a = (rank - span[0]) / (span[1] - span[0])
-    b = (math.log(bases) - math.log(BASES[0])) / (math.log(BASES[1]) - math.log(BASES[0]))
-    return (1 - a) * ((1 - b) * few_low + b * many_low) + a * ((1 - b) * few_high + b * many_high)
-
-
-def _corners(believed: Metrics, cut: Cut, activation: str, seed: int) -> dict[str, Corners]:
-    """log(relative loss) of short fits at RANKS × BASES, for each stack."""
-    layer = believed.layer
-    mean = sum(len(k) for k in cut.kept) / layer.experts
-
-    def corners(side: str) -> Corners:
-        rows = cut.first_rows() if side == "first" else cut.down
-        problem = mixture_problem(cut, side, activation)
-        whole = max(_cost_of(believed, cut, side, rows), 1e-30)
-
-        def relative(span: float, bases: int) -> float:
-            rank = max(1, min(round(span * mean), layer.hidden, problem.weights.shape[1]))
-            _, rebuilt = fit_mixture(problem, min(bases, layer.experts), rank, PROBE_STEPS, seed)
-            changes = [r - f[: len(r)].to(r) for r, f in zip(rows, rebuilt, strict=True)]
-            return math.log(max(_cost_of(believed, cut, side, changes) / whole, 1e-12))
-
-        return [[relative(span, bases) for bases in BASES] for span in RANKS[side]]
-
-    return {layer.first_stack: corners("first"), "down": corners("down")}
-
-
-def _cost_of(metrics: Metrics, cut: Cut, side: str, changes: list[Tensor]) -> float:
-    if side == "first":
-        return sum(
-            metrics.first_cost(e, metrics.rows(k), c) for e, (k, c) in enumerate(zip(cut.kept, changes, strict=True))
-        )
-    nothing = torch.zeros_like(metrics.down.weights[0], dtype=torch.float64)
-    return sum(
-        metrics.down_cost(e, nothing.index_add(0, k, c.to(nothing)))
-        for e, (k, c) in enumerate(zip(cut.kept, changes, strict=True))
-    )
-
-
-# -- mixtures ----------------------------------------------------------------------------------------------------------
-
-
-def mixture_problem(cut: Cut, side: str, activation: str) -> Problem:
-    """What a mixture is fitted to: the rows left of each expert, zeros behind them, in the metrics of the cut."""
-    metrics = cut.metrics
-    if side == "first":
-        rows = cut.first_rows()
-        left = [metrics.sensitivity[e][metrics.rows(k)] for e, k in enumerate(cut.kept)]
-        right = [metrics.input(e) for e in range(metrics.layer.experts)]
-    else:
-        rows = cut.down
-        left = [metrics.count[e] * metrics.hidden(e)[k][:, k] for e, k in enumerate(cut.kept)]
-        right = [metrics.output(e) for e in range(metrics.layer.experts)]
-    width = max(1, *(len(r) for r in rows))
-    padded = torch.stack([torch.nn.functional.pad(r.float(), (0, 0, 0, width - len(r))) for r in rows])
-    pad = [(0, width - len(a)) * a.ndim for a in left]
-    lefts = torch.stack([torch.nn.functional.pad(a, p) for a, p in zip(left, pad, strict=True)])
-    rights = torch.stack([r.float() for r in right])
-    # Levels near 1, or float32 runs out; none of it changes the minimum.
-    level = padded[padded != 0].std() if (padded != 0).sum() > 1 else torch.tensor(1.0)
-    lefts = lefts / lefts.abs().max().clamp(min=1e-30)
-    rights = rights / rights.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
-    level = float(level.clamp(min=1e-12))
-    return Problem(padded / level, activation, right=rights, left=lefts.float(), level=level)
-
-
-def fit_mixture(problem: Problem, bases: int, rank: int, steps: int, seed: int) -> tuple[Solution, Tensor]:
-    """The solution, private factors in the weights' own units, and the experts it stands for (E, width, H)."""
-    start = [
-        group_starts(problem, bases, rank).to(problem.weights),
-        one_hot(len(problem.weights), bases, noise=0.05, seed=seed).to(problem.weights),
-    ]
-    solution = solve(
-        problem, lambda p: mixed(p[1], p[0], problem.activation), start, solver="varpro", steps=steps,
-        rates=[RATE, RATE],
-    )  # fmt: skip
-    solution.private = solution.private * problem.level
-    basis, mix = solution.parameters
-    return solution, solution.private @ mixed(mix, basis, problem.activation)
 
 
 # -- spending ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""biaxial's mixtures of bases: what they are fitted to, and what one costs before it is fitted.
+
+That loss is not in closed form. Short fits of a few mixtures are interpolated: the log of the relative loss goes in
+straight lines over the rank, and the number of bases and the share of channels gone multiply it, to within a tenth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .metrics import Cut, Metrics
+from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
+
+Side = Literal["first", "down"]
+# Of the short fits: ranks, over the mean number of channels kept, and bases; one at the middle rank has FEW of them.
+RANKS: dict[Side, tuple[float, float, float]] = {"first": (0.6, 1.1, 1.6), "down": (0.5, 0.75, 1.0)}
+MANY, FEW = 8, 2
+STEPS = 60
+# How far the log of a fit of 600 steps is below that of a short one, over √bases · (rank / hidden)². Measured: 0.45 to
+# 0.75 for gate and up of two models, 0.9 to 1.7 for down, whether in the metrics of a text or without.
+UNFINISHED: dict[Side, float] = {"first": 0.65, "down": 1.5}
+RATE = 0.1
+
+
+@dataclass(frozen=True)
+class MixturePrices:
+    """log(relative loss) of the mixtures that could stand for a stack, at any rank, number of bases and cut.
+
+    knots: (rank over the mean number of channels kept, log) at MANY bases and the first cut, from (0, 0) on.
+    few: what FEW bases multiply the log by.
+    shares: (share of the channels gone, what it multiplies the log by), rising.
+    """
+
+    knots: tuple[tuple[float, float], ...]
+    few: float
+    shares: tuple[tuple[float, float], ...]
+
+    def log_loss(self, rank: float, bases: int, share: float) -> float:
+        """rank over the mean number of channels kept."""
+        fewer = math.log(MANY / bases) / math.log(MANY / FEW)
+        log = _through(self.knots, rank) * (1 + (self.few - 1) * fewer) * _through(self.shares, share)
+        return min(0.0, log)
+
+
+def mixture_prices(believed: Metrics, cuts: dict[float, Cut], side: Side, activation: str, seed: int) -> MixturePrices:
+    """From short fits to a stack of a layer, most of them to the first of its cuts.
+
+    Args:
+        believed: the metrics that the loss is measured in; those of the cuts are what is fitted in.
+        cuts: share of the channels gone -> the layer without them.
+    """
+    (share, cut), *others = cuts.items()
+    probe = _Probe(believed, cut, side, activation, seed)
+    # A rank that the stack is too small for comes to the one before it.
+    knots = ((0.0, 0.0), *sorted({probe.log_loss(span, MANY) for span in RANKS[side]}))
+    middle, log = knots[len(knots) // 2]
+    prices = MixturePrices(knots, probe.log_loss(middle, FEW)[1] / log, ((share, 1.0),))
+    shares = [*prices.shares]
+    for other, cut in others:
+        span, log = _Probe(believed, cut, side, activation, seed).log_loss(middle, MANY)
+        shares.append((other, log / prices.log_loss(span, MANY, share)))
+    return replace(prices, shares=tuple(sorted(shares)))
+
+
+class _Probe:
+    """Short fits to one stack of one cut."""
+
+    def __init__(self, believed: Metrics, cut: Cut, side: Side, activation: str, seed: int):
+        self.believed, self.cut, self.side, self.seed = believed, cut, side, seed
+        self.rows = cut.first_rows() if side == "first" else cut.down
+        self.problem = mixture_problem(cut, side, activation)
+        self.whole = max(cost_of(believed, cut, side, self.rows), 1e-30)
+        self.mean = max(1e-9, sum(len(k) for k in cut.kept) / believed.layer.experts)
+
+    def log_loss(self, span: float, bases: int) -> tuple[float, float]:
+        """The rank nearest to `span`, over the mean number of channels, and what a long fit of it would come to."""
+        hidden = self.believed.layer.hidden
+        rank = max(1, min(round(span * self.mean), hidden, self.problem.weights.shape[1]))
+        _, rebuilt = fit_mixture(self.problem, min(bases, len(self.rows)), rank, STEPS, self.seed)
+        changes = [r - f[: len(r)].to(r) for r, f in zip(self.rows, rebuilt, strict=True)]
+        log = math.log(max(cost_of(self.believed, self.cut, self.side, changes) / self.whole, 1e-12))
+        log -= UNFINISHED[self.side] * bases**0.5 * (rank / hidden) ** 2
+        return rank / self.mean, min(-1e-6, log)
+
+
+def _through(knots: tuple[tuple[float, float], ...], x: float) -> float:
+    """The value at x of straight lines from knot to knot; beyond the outer ones the lines go on."""
+    if len(knots) == 1:
+        return knots[0][1]
+    upper = next((i for i in range(1, len(knots)) if x <= knots[i][0]), len(knots) - 1)
+    (x0, y0), (x1, y1) = knots[upper - 1 : upper + 1]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def cost_of(metrics: Metrics, cut: Cut, side: Side, changes: list[Tensor]) -> float:
+    """What a change of a stack's rows, expert by expert, costs the loss."""
+    if side == "first":
+        return sum(
+            metrics.first_cost(e, metrics.rows(k), c) for e, (k, c) in enumerate(zip(cut.kept, changes, strict=True))
+        )
+    nothing = torch.zeros_like(metrics.down.weights[0], dtype=torch.float64)
+    return sum(
+        metrics.down_cost(e, nothing.index_add(0, k, c.to(nothing)))
+        for e, (k, c) in enumerate(zip(cut.kept, changes, strict=True))
+    )
+
+
+def mixture_problem(cut: Cut, side: Side, activation: str) -> Problem:
+    """What a mixture is fitted to: the rows left of each expert, zeros behind them, in the metrics of the cut."""
+    metrics = cut.metrics
+    if side == "first":
+        rows = cut.first_rows()
+        left = [metrics.sensitivity[e][metrics.rows(k)] for e, k in enumerate(cut.kept)]
+        right = [metrics.input(e) for e in range(metrics.layer.experts)]
+    else:
+        rows = cut.down
+        left = [metrics.count[e] * metrics.hidden(e)[k][:, k] for e, k in enumerate(cut.kept)]
+        right = [metrics.output(e) for e in range(metrics.layer.experts)]
+    width = max(1, *(len(r) for r in rows))
+    padded = torch.stack([torch.nn.functional.pad(r.float(), (0, 0, 0, width - len(r))) for r in rows])
+    pad = [(0, width - len(a)) * a.ndim for a in left]
+    lefts = torch.stack([torch.nn.functional.pad(a, p) for a, p in zip(left, pad, strict=True)])
+    rights = torch.stack([r.float() for r in right])
+    # Levels near 1, or float32 runs out; none of it changes the minimum.
+    level = padded[padded != 0].std() if (padded != 0).sum() > 1 else torch.tensor(1.0)
+    lefts = lefts / lefts.abs().max().clamp(min=1e-30)
+    rights = rights / rights.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
+    level = float(level.clamp(min=1e-12))
+    return Problem(padded / level, activation, right=rights, left=lefts.float(), level=level)
+
+
+def fit_mixture(problem: Problem, bases: int, rank: int, steps: int, seed: int) -> tuple[Solution, Tensor]:
+    """The solution, private factors in the weights' own units, and the experts it stands for (E, width, H)."""
+    start = [
+        group_starts(problem, bases, rank).to(problem.weights),
+        one_hot(len(problem.weights), bases, noise=0.05, seed=seed).to(problem.weights),
+    ]
+    solution = solve(
+        problem, lambda p: mixed(p[1], p[0], problem.activation), start, solver="varpro", steps=steps,
+        rates=[RATE, RATE],
+    )  # fmt: skip
+    solution.private = solution.private * problem.level
+    basis, mix = solution.parameters
+    return solution, solution.private @ mixed(mix, basis, problem.activation)
