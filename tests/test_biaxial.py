@@ -334,17 +334,20 @@ def test_mixtures_are_probed_on_the_cut_where_it_is_known(
     share: float, probed: tuple[float, ...], quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short fits of a layer with other channels than it will have price its mixtures too high."""
-    found: list[dict[float, int]] = []
+    found: list[int] = []
 
-    def noted(believed: Metrics, cuts: dict[float, Cut], *rest: object) -> MixturePrices:
-        found.append({share: sum(len(channels) for channels in cut.kept) for share, cut in cuts.items()})
-        return mixture_prices(believed, cuts, *rest)
+    def noted(believed: Metrics, cut_at: Callable[[float], Cut], *rest: object) -> MixturePrices:
+        def kept_at(share: float) -> Cut:
+            found.append(sum(len(channels) for channels in cut_at(share).kept))
+            return cut_at(share)
+
+        return mixture_prices(believed, kept_at, *rest)
 
     monkeypatch.setattr(biaxial_plan, "mixture_prices", noted)
     ((weights, stats),) = seen()
     planned([(weights, stats)], 0.35, form="tight", channel_share=share)
     channels = weights.layer.experts * weights.layer.intermediate
-    assert found == [{share: round((1 - share) * channels) for share in probed}] * 2  # gate and up, down
+    assert found == [round((1 - share) * channels) for share in probed] * 2  # gate and up, down
 
 
 @pytest.mark.parametrize("options", [{}, {"channel_share": 0.1}, {"form": "tight", "channel_share": 0.2}])
@@ -482,7 +485,7 @@ def test_prices_of_mixtures_are_near_what_long_fits_come_to(side: biaxial_mixtur
     metrics = Metrics(weights, None, 0.0)
     widths = {0.0: [16] * 8, 0.125: [14] * 8, 0.25: [12] * 8}
     cuts = {share: Cut.of(metrics, metrics.prices(), kept) for share, kept in widths.items()}
-    prices = mixture_prices(metrics, {share: cuts[share] for share in (0.25, 0.0)}, side, "silu", 0)
+    prices = mixture_prices(metrics, cuts.__getitem__, (0.25, 0.0), side, "silu", 0)
     cut = cuts[0.125]
     rows = cut.first_rows() if side == "first" else cut.down
     problem = biaxial_mixture.mixture_problem(cut, side, "silu")

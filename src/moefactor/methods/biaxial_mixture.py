@@ -7,6 +7,7 @@ straight lines over the rank, and the number of bases and the share of channels 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -47,24 +48,28 @@ class MixturePrices:
         return min(0.0, log)
 
 
-def mixture_prices(believed: Metrics, cuts: dict[float, Cut], side: Side, activation: str, seed: int) -> MixturePrices:
-    """From short fits to a stack of a layer, most of them to the first of its cuts.
+def mixture_prices(
+    believed: Metrics, cut_at: Callable[[float], Cut], shares: tuple[float, ...], side: Side, activation: str, seed: int
+) -> MixturePrices:
+    """From short fits to a stack of a layer.
 
     Args:
-        believed: the metrics that the loss is measured in; those of the cuts are what is fitted in.
-        cuts: share of the channels gone -> the layer without them.
+        believed: the metrics that the loss is measured in; those of the cut are what is fitted in.
+        cut_at: share of the channels gone -> the layer without them.
+        shares: where to fit; most of it is done at the first.
     """
-    (share, cut), *others = cuts.items()
-    probe = _Probe(believed, cut, side, activation, seed)
-    # A rank that the stack is too small for comes to the one before it.
-    knots = ((0.0, 0.0), *sorted({probe.log_loss(span, MANY) for span in RANKS[side]}))
+    share, *others = shares
+    probe = _Probe(believed, cut_at(share), side, activation, seed)
+    # A stack too small for some of the ranks has fewer knots.
+    knots = ((0.0, 0.0), *sorted(dict(probe.log_loss(span, MANY) for span in RANKS[side]).items()))
     middle, log = knots[len(knots) // 2]
     prices = MixturePrices(knots, probe.log_loss(middle, FEW)[1] / log, ((share, 1.0),))
-    shares = [*prices.shares]
-    for other, cut in others:
-        span, log = _Probe(believed, cut, side, activation, seed).log_loss(middle, MANY)
-        shares.append((other, log / prices.log_loss(span, MANY, share)))
-    return replace(prices, shares=tuple(sorted(shares)))
+    del probe  # two at a time would hold the moments of all experts twice
+    found = [*prices.shares]
+    for other in others:
+        span, log = _Probe(believed, cut_at(other), side, activation, seed).log_loss(middle, MANY)
+        found.append((other, log / prices.log_loss(span, MANY, share)))
+    return replace(prices, shares=tuple(sorted(found)))
 
 
 class _Probe:

@@ -144,16 +144,19 @@ def _table(
 ) -> list[Row]:
     layer = fitted.layer
     prices, energy = fitted.prices(), believed.first_energy()
+
+    def cut_at(share: float) -> Cut:
+        return Cut.of(fitted, prices, _widths(prices, share))
+
     foretold: dict[Side, MixturePrices] = {}
     if form in MIXING:
         probed = shares if len(shares) == 1 else PROBED
-        cuts = {share: Cut.of(fitted, prices, _widths(prices, share)) for share in probed}
         for side in ("first", "down"):
-            foretold[side] = mixture_prices(believed, cuts, side, MIXING[form], seed)
+            foretold[side] = mixture_prices(believed, cut_at, probed, side, MIXING[form], seed)
     rows = []
     for share in shares:
-        widths = _widths(prices, share)
-        cut = Cut.of(fitted, prices, widths)
+        cut = cut_at(share)
+        widths = [len(channels) for channels in cut.kept]
         kept = sum(widths)
         removed, down_energy = _down_costs(believed, cut)
         first_energy = float(sum(energy[e][believed.rows(k)].sum() for e, k in enumerate(cut.kept)))
