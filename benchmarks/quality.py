@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py                            every method, 20 to 60 %, three calibration texts
     python benchmarks/quality.py --ratios 0.4 --rows rfid svd
-    python benchmarks/quality.py --rows "biaxial, tight" --calibrations own,unnamed     no text given
+    python benchmarks/quality.py --rows "biaxial, tight" --calibrations unnamed,own     no text given
     python benchmarks/quality.py --table ablation           the parts of RFID, each off in turn
     python benchmarks/quality.py --table options            options of the peers
     python benchmarks/quality.py --table parts              the parts of biaxial, each off in turn
@@ -39,13 +39,14 @@ CALIBRATIONS = {
     "like": "calibration-proportional.txt",
     "unlike": "calibration-mix.txt",
     "wikitext2": "wikitext2/valid.txt",
-    "own": "self",  # written by the model
+    "own": OWN,  # written by the model
     "unnamed": None,  # what a method reads where no text is given
     "eight": "calibration-proportional.txt",  # its first FEW characters: eight windows
 }
 FEW = 6_900
 THREE = {"projections": "gate,up,down"}
-# biaxial mixes text that the model writes itself into what it is given; here every method sees the same text.
+# biaxial mixes text that the model writes itself into what it is given; here every method sees the same text, where
+# one is given.
 GIVEN = {"own_text": 0}
 
 # Row -> method and options.
@@ -175,7 +176,7 @@ def main() -> None:
                 key = f"{arguments.table}/{label}/{ratio}/{shown}"
                 if key not in results:
                     try:
-                        calibration = calibration_of(text, arguments.data)
+                        calibration = None if label in DATA_FREE else calibration_of(text, arguments.data)
                         results[key] = run_row(
                             arguments.model, method, options, ratio, calibration, arguments.samples, arguments.data
                         )

@@ -7,7 +7,7 @@ straight lines over the rank, and the number of bases and the share of channels 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,13 +18,17 @@ from .metrics import Cut, Metrics
 from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
 
 Side = Literal["first", "down"]
-# Of the short fits: ranks, over the mean number of channels kept, and bases; one at the middle rank has FEW of them.
-RANKS: dict[Side, tuple[float, float, float]] = {"first": (0.6, 1.1, 1.6), "down": (0.5, 0.75, 1.0)}
+# Of the short fits: the highest rank, over the mean number of channels kept, but no more than WHOLE of the hidden size,
+# where a fit becomes exact and says nothing of lower ranks; all of them, over the highest; and bases, FEW of them once.
+HIGHEST: dict[Side, float] = {"first": 1.6, "down": 1.0}
+WHOLE = 0.8
+RANKS: dict[Side, tuple[float, float, float]] = {"first": (0.375, 0.6875, 1.0), "down": (0.5, 0.75, 1.0)}
 MANY, FEW = 8, 2
 STEPS = 60
-# How far the log of a fit of 600 steps is below that of a short one, over √bases · (rank / hidden)². Measured: 0.45 to
-# 0.75 for gate and up of two models, 0.9 to 1.7 for down, whether in the metrics of a text or without.
+# How far the log of a fit of 600 steps is below that of a short one, over √bases · (rank / hidden)². Measured on two
+# models, up to WHOLE: 0.45 to 0.75 for gate and up, 0.9 to 1.7 for down, with a text and without, silu or none.
 UNFINISHED: dict[Side, float] = {"first": 0.65, "down": 1.5}
+MOST = 2.0  # that the share of channels gone is believed to multiply a log by
 RATE = 0.1
 
 
@@ -32,7 +36,7 @@ RATE = 0.1
 class MixturePrices:
     """log(relative loss) of the mixtures that could stand for a stack, at any rank, number of bases and cut.
 
-    knots: (rank over the mean number of channels kept, log) at MANY bases and the first cut, from (0, 0) on.
+    knots: (rank over the highest_rank, log) at MANY bases and the first cut, from (0, 0) on.
     few: what FEW bases multiply the log by.
     shares: (share of the channels gone, what it multiplies the log by), rising.
     """
@@ -42,10 +46,15 @@ class MixturePrices:
     shares: tuple[tuple[float, float], ...]
 
     def log_loss(self, rank: float, bases: int, share: float) -> float:
-        """rank over the mean number of channels kept."""
+        """rank over the highest_rank of a cut that takes `share` of the channels."""
         fewer = math.log(MANY / bases) / math.log(MANY / FEW)
-        log = _through(self.knots, rank) * (1 + (self.few - 1) * fewer) * _through(self.shares, share)
-        return min(0.0, log)
+        gone = max(0.0, _through(self.shares, share))
+        return min(0.0, _through(self.knots, rank)) * (1 + (self.few - 1) * fewer) * gone
+
+
+def highest_rank(side: Side, mean: float, hidden: int) -> float:
+    """Of the short fits to a stack whose experts keep `mean` channels."""
+    return min(HIGHEST[side] * mean, WHOLE * hidden)
 
 
 def mixture_prices(
@@ -60,15 +69,16 @@ def mixture_prices(
     """
     share, *others = shares
     probe = _Probe(believed, cut_at(share), side, activation, seed)
-    # A stack too small for some of the ranks has fewer knots.
-    knots = ((0.0, 0.0), *sorted(dict(probe.log_loss(span, MANY) for span in RANKS[side]).items()))
+    # Ranks of a small stack can round to the same; more bases include fewer, so that fewer gain less.
+    knots = ((0.0, 0.0), *sorted(dict(probe.log_loss(rank, MANY) for rank in RANKS[side]).items()))
     middle, log = knots[len(knots) // 2]
-    prices = MixturePrices(knots, probe.log_loss(middle, FEW)[1] / log, ((share, 1.0),))
+    prices = MixturePrices(knots, min(1.0, probe.log_loss(middle, FEW)[1] / log), ((share, 1.0),))
     del probe  # two at a time would hold the moments of all experts twice
     found = [*prices.shares]
     for other in others:
-        span, log = _Probe(believed, cut_at(other), side, activation, seed).log_loss(middle, MANY)
-        found.append((other, log / prices.log_loss(span, MANY, share)))
+        rank, log = _Probe(believed, cut_at(other), side, activation, seed).log_loss(middle, MANY)
+        factor = log / min(-1e-6, prices.log_loss(rank, MANY, share))
+        found.append((other, min(MOST, max(1 / MOST, factor))))
     return replace(prices, shares=tuple(sorted(found)))
 
 
@@ -79,18 +89,20 @@ class _Probe:
         self.believed, self.cut, self.side, self.seed = believed, cut, side, seed
         self.rows = cut.first_rows() if side == "first" else cut.down
         self.problem = mixture_problem(cut, side, activation)
-        self.whole = max(cost_of(believed, cut, side, self.rows), 1e-30)
-        self.mean = max(1e-9, sum(len(k) for k in cut.kept) / believed.layer.experts)
+        self.energy = max(cost_of(believed, cut, side, self.rows), 1e-30)
+        self.hidden = believed.layer.hidden
+        mean = max(1e-9, sum(len(k) for k in cut.kept) / believed.layer.experts)
+        self.highest = highest_rank(side, mean, self.hidden)
 
-    def log_loss(self, span: float, bases: int) -> tuple[float, float]:
-        """The rank nearest to `span`, over the mean number of channels, and what a long fit of it would come to."""
-        hidden = self.believed.layer.hidden
-        rank = max(1, min(round(span * self.mean), hidden, self.problem.weights.shape[1]))
-        _, rebuilt = fit_mixture(self.problem, min(bases, len(self.rows)), rank, STEPS, self.seed)
-        changes = [r - f[: len(r)].to(r) for r, f in zip(self.rows, rebuilt, strict=True)]
-        log = math.log(max(cost_of(self.believed, self.cut, self.side, changes) / self.whole, 1e-12))
-        log -= UNFINISHED[self.side] * bases**0.5 * (rank / hidden) ** 2
-        return rank / self.mean, min(-1e-6, log)
+    def log_loss(self, rank: float, bases: int) -> tuple[float, float]:
+        """The whole rank nearest to `rank`, both over the highest, and what a long fit of it would come to."""
+        whole = max(1, min(round(rank * self.highest), self.problem.weights.shape[1]))
+        bases = min(bases, len(self.rows))
+        _, rebuilt = fit_mixture(self.problem, bases, whole, STEPS, self.seed)
+        changes = (r - f[: len(r)].to(r) for r, f in zip(self.rows, rebuilt, strict=True))
+        log = math.log(max(cost_of(self.believed, self.cut, self.side, changes) / self.energy, 1e-12))
+        log -= UNFINISHED[self.side] * bases**0.5 * (whole / self.hidden) ** 2
+        return whole / self.highest, min(-1e-6, log)
 
 
 def _through(knots: tuple[tuple[float, float], ...], x: float) -> float:
@@ -102,7 +114,7 @@ def _through(knots: tuple[tuple[float, float], ...], x: float) -> float:
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
-def cost_of(metrics: Metrics, cut: Cut, side: Side, changes: list[Tensor]) -> float:
+def cost_of(metrics: Metrics, cut: Cut, side: Side, changes: Iterable[Tensor]) -> float:
     """What a change of a stack's rows, expert by expert, costs the loss."""
     if side == "first":
         return sum(
@@ -121,20 +133,22 @@ def mixture_problem(cut: Cut, side: Side, activation: str) -> Problem:
     if side == "first":
         rows = cut.first_rows()
         left = [metrics.sensitivity[e][metrics.rows(k)] for e, k in enumerate(cut.kept)]
-        right = [metrics.input(e) for e in range(metrics.layer.experts)]
+        right = metrics.input
     else:
         rows = cut.down
         left = [metrics.count[e] * metrics.hidden(e)[k][:, k] for e, k in enumerate(cut.kept)]
-        right = [metrics.output(e) for e in range(metrics.layer.experts)]
+        right = metrics.output
     width = max(1, *(len(r) for r in rows))
     padded = torch.stack([torch.nn.functional.pad(r.float(), (0, 0, 0, width - len(r))) for r in rows])
     pad = [(0, width - len(a)) * a.ndim for a in left]
     lefts = torch.stack([torch.nn.functional.pad(a, p) for a, p in zip(left, pad, strict=True)])
-    rights = torch.stack([r.float() for r in right])
+    rights = None  # without a text, the identity
+    if metrics.stats is not None:
+        rights = torch.stack([right(e).float() for e in range(metrics.layer.experts)])
+        rights /= rights.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
     # Levels near 1, or float32 runs out; none of it changes the minimum.
     level = padded[padded != 0].std() if (padded != 0).sum() > 1 else torch.tensor(1.0)
     lefts = lefts / lefts.abs().max().clamp(min=1e-30)
-    rights = rights / rights.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
     level = float(level.clamp(min=1e-12))
     return Problem(padded / level, activation, right=rights, left=lefts.float(), level=level)
 

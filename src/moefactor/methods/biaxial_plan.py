@@ -23,17 +23,17 @@ from ..experts import ExpertLayer, ExpertWeights
 from ..forms import BasisMixture, Form, Latent, Ragged
 from ..plan import LayerPlan
 from ..stats import LayerStats
-from .biaxial_mixture import RANKS, MixturePrices, Side, mixture_prices
+from .biaxial_mixture import RANKS, MixturePrices, Side, highest_rank, mixture_prices
 from .channels import ragged_forms
 from .metrics import Cut, Metrics
 
 FormName = Literal["fast", "linear", "tight"]
 MIXING = {"linear": "identity", "tight": "silu"}  # form -> activation of its mixtures; `fast` has none
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
-# Where mixtures are probed for a whole grid: with so much of the channels gone, near what is chosen from 40 % up, and a
-# little with none.
-PROBED = (0.25, 0.0)
+# Shares where mixtures are probed for a whole grid of them: most at the first, near what is chosen from 40 % up.
+PROBED = (0.25, 0.0, 0.5)
 MOST_BASES = 64
+LEAST_EXPERTS = 4  # for a mixture, which has two bases at least, and half as many as experts at most
 FRONT = 100
 
 
@@ -149,7 +149,7 @@ def _table(
         return Cut.of(fitted, prices, _widths(prices, share))
 
     foretold: dict[Side, MixturePrices] = {}
-    if form in MIXING:
+    if form in MIXING and layer.experts >= LEAST_EXPERTS:
         probed = shares if len(shares) == 1 else PROBED
         for side in ("first", "down"):
             foretold[side] = mixture_prices(believed, cut_at, probed, side, MIXING[form], seed)
@@ -166,8 +166,8 @@ def _table(
             ("down", 1, cut.down_directions(believed)[0], down_energy),
         ):
             offers[stack] = _latents(layer, halves * kept, directions, multiple)
-            if form in MIXING:
-                side = "down" if stack == "down" else "first"
+            side = "down" if stack == "down" else "first"
+            if side in foretold:
                 offers[stack] += _mixtures(layer, halves, kept, whole, foretold[side], side, multiple, MIXING[form])
             offers[stack] = _front(offers[stack])
         rows.append(Row(widths, removed, offers))
@@ -208,16 +208,16 @@ def _mixtures(
     """Mixtures of every rank and number of bases that the short fits can speak for."""
     mean = max(kept / layer.experts, 1e-9)
     share = 1 - mean / layer.intermediate
-    least, *_, most = (rank * mean for rank in RANKS[side])
-    ranks = _ranks(multiple, min(layer.hidden, halves * layer.intermediate, int(1.2 * most)))
+    highest = highest_rank(side, mean, layer.hidden)
+    ranks = _ranks(multiple, min(layer.hidden, halves * layer.intermediate, int(1.2 * highest)))
     every = [m for m in range(2, min(MOST_BASES, layer.experts // 2) + 1) if m <= 16 or m % 4 == 0]
     return [
         Candidate(
-            energy * math.exp(foretold.log_loss(rank / mean, bases, share)),
+            energy * math.exp(foretold.log_loss(rank / highest, bases, share)),
             halves * kept * rank + bases * (rank * layer.hidden + layer.experts), rank, bases, activation,
         )
         for rank in ranks
-        if rank >= 0.7 * least
+        if rank >= 0.7 * RANKS[side][0] * highest
         for bases in every
     ]  # fmt: skip
 
