@@ -198,8 +198,8 @@ def test_who_writes_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """biaxial's models do, unless something hinders them or the user says otherwise."""
     model = StreamedModel(str(REFERENCE))
     ours, other = METHODS["biaxial"], METHODS["channels"]
-    assert (own_share(ours, model, None), own_share(ours, model, 0.0), own_share(other, model, None)) == (0.5, 0.0, 0.0)
-    assert own_share(other, model, 0.3) == 0.3
+    assert (own_share(ours, model, None, "a.txt"), own_share(ours, model, None)) == (0.5, 1.0)  # nothing else to read
+    assert (own_share(ours, model, 0.0), own_share(other, model, None), own_share(other, model, 0.3)) == (0.0, 0.0, 0.3)
     assert (own_share(other, model, None, "self"), own_share(ours, model, None, "a.txt,self")) == (1.0, 0.5)
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=f"from 0 to 1, found {share}"):

@@ -20,6 +20,7 @@ from .runtime.transformers import load
 from .stats import GRADIENTS, STATISTICS, LayerStats
 from .streaming import Activations, StreamedModel, Tick
 from .text import (
+    OWN,
     kept_windows,
     load_tokenizer,
     model_length,
@@ -81,15 +82,15 @@ class Calibration:
             parts.append(kept_windows(kept, (model.name, missing, length, seed), write))
         chosen = torch.cat(parts)
         description = {
-            "source": source or BUILT_IN, "samples": len(chosen), "own": missing, "seqlen": length, "seed": seed,
-            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+            "source": source or (BUILT_IN if given else OWN), "samples": len(chosen), "own": missing,
+            "seqlen": length, "seed": seed, "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
         return cls(list(chosen.split(batch_size)), description)
 
 
 def own_share(method: Method, model: StreamedModel, wanted: float | None, source: str | None = None) -> float:
-    """Share of the calibration windows that the model is to write itself: what was asked for, or the method's own,
-    which is given up with a warning where the model can't write.
+    """Share of the calibration windows that the model is to write itself: what was asked for, or the method's own, and
+    then all of them where no text is given; none, with a warning, where the model can't write.
 
     Raises UserError for what is no share, and for one beside a `source` that says it itself.
     """
@@ -110,7 +111,7 @@ def own_share(method: Method, model: StreamedModel, wanted: float | None, source
             stacklevel=2,
         )
         return 0.0
-    return method.own_text
+    return method.own_text if read or not method.own_text else 1.0
 
 
 def _hindrance(model: StreamedModel) -> str | None:

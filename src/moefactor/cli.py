@@ -63,8 +63,8 @@ Text = Annotated[
     str | None,
     typer.Option(
         help="Text file, folder, or a dataset: wikitext2, c4, ptb, or a hub name. 'self': what the model writes; "
-        "'FILE,self': both. Default: Python's own language reference, which needs no network; text like what "
-        "the model will read does better.",
+        "'FILE,self': both. Default: 'self' for biaxial, else Python's own language reference, which needs no network; "
+        "text like what the model will read does better.",
         show_default=False,
     ),
 ]
@@ -72,7 +72,7 @@ OwnText = Annotated[
     float | None,
     typer.Option(
         help="Share of the windows that the model writes itself, so that text of one kind does not mislead.",
-        show_default="0.5 for biaxial where the model can write and fits in memory, else 0",
+        show_default="for biaxial, where the model can write and fits in memory, 0.5, or 1 with no text given; else 0",
         min=0,
         max=1,
     ),

@@ -50,9 +50,10 @@ def compress(
         ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
         output: folder to write; it must not exist.
         calibration: text file, folder or dataset; `self` for text that the model writes, `FILE,self` for half of each;
-            None for text that every Python has. `samples` windows of `seqlen` tokens are drawn from it by `seed`.
+            None for `self` with biaxial, text that every Python has otherwise. `samples` windows of `seqlen` tokens are
+            drawn from it by `seed`.
         own_text: share of them that the model writes itself, so that text of one kind does not mislead; None for the
-            method's own (biaxial: half, where the model fits in memory).
+            method's own (biaxial: half, or all where no text is given, if the model fits in memory).
         sequential: calibrate each layer on what the factorised layers before it give.
         allocation: `uniform`, `score` or `loss`; None for the method's own.
         device: CUDA when there is one unless said otherwise.
