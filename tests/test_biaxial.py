@@ -240,7 +240,7 @@ def test_roots() -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prices of mixtures from shorter fits, and a coarser table."""
-    monkeypatch.setattr(biaxial_mixture, "STEPS", 30)
+    monkeypatch.setattr(biaxial_mixture, "STEPS", 20)
     monkeypatch.setattr(biaxial_plan, "SHARES", (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.9))
 
 
@@ -487,7 +487,7 @@ def test_prices_of_mixtures_are_near_what_long_fits_come_to(
 ) -> None:
     """At ranks, numbers of bases and cuts between those fitted and beyond, however wide the experts are."""
     # Fitted long, so that what is left is the interpolation: weights drawn at random converge sooner than trained ones.
-    monkeypatch.setattr(biaxial_mixture, "STEPS", 300)
+    monkeypatch.setattr(biaxial_mixture, "STEPS", 150)
     monkeypatch.setattr(biaxial_mixture, "UNFINISHED", {"first": 0.0, "down": 0.0})
     layer = replace(LAYERS["gated"], experts=16, hidden=hidden, intermediate=intermediate)
     metrics = Metrics(random_weights(layer, seed=0), None, 0.0)
@@ -502,7 +502,7 @@ def test_prices_of_mixtures_are_near_what_long_fits_come_to(
     highest = biaxial_mixture.highest_rank(side, (1 - gone) * intermediate, hidden)
     for part, bases in ((0.5, 6), (0.85, 4)):
         rank = round(part * highest)
-        _, rebuilt = biaxial_mixture.fit_mixture(problem, bases, rank, 300, 0)
+        _, rebuilt = biaxial_mixture.fit_mixture(problem, bases, rank, 150, 0)
         changes = [r - f[: len(r)].double() for r, f in zip(rows, rebuilt, strict=True)]
         whole = biaxial_mixture.cost_of(metrics, cut, side, rows)
         log = math.log(biaxial_mixture.cost_of(metrics, cut, side, changes) / whole)
