@@ -101,9 +101,10 @@ def own_share(method: Method, model: StreamedModel, wanted: float | None, source
         raise UserError(f"--calibration {source} says already how much the model writes; leave --own-text out.")
     if wanted == 1 and read:
         raise UserError(f"--own-text 1 leaves no window for {read}; use --calibration self.")
-    if wanted is not None or named:
-        return wanted if wanted is not None else OWN_SHARE if read else 1.0
-    hindrance = _hindrance(model) if method.own_text else None
+    if wanted is not None:
+        return wanted
+    share = OWN_SHARE if named else method.own_text
+    hindrance = _hindrance(model) if share and not named else None
     if hindrance:
         warnings.warn(
             f"{model.name} {hindrance}, so it writes no calibration text of its own; text of one kind would mislead, "
@@ -111,7 +112,7 @@ def own_share(method: Method, model: StreamedModel, wanted: float | None, source
             stacklevel=2,
         )
         return 0.0
-    return method.own_text if read or not method.own_text else 1.0
+    return share if read or not share else 1.0  # what the model writes is all there is
 
 
 def _hindrance(model: StreamedModel) -> str | None:

@@ -63,8 +63,8 @@ Text = Annotated[
     str | None,
     typer.Option(
         help="Text file, folder, or a dataset: wikitext2, c4, ptb, or a hub name. 'self': what the model writes; "
-        "'FILE,self': both. Default: 'self' for biaxial, else Python's own language reference, which needs no network; "
-        "text like what the model will read does better.",
+        "'FILE,self': both. Default: Python's own language reference, which needs no network; text like what "
+        "the model will read does better.",
         show_default=False,
     ),
 ]

@@ -18,10 +18,11 @@ from .metrics import Cut, Metrics
 from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
 
 Side = Literal["first", "down"]
-# Of the short fits: the highest rank, over the mean number of channels kept, but no more than WHOLE of the hidden size,
-# where a fit becomes exact and says nothing of lower ranks; all of them, over the highest; and bases, FEW of them once.
+# The highest rank of the short fits, over the mean number of channels kept; and over the hidden size, near which a fit
+# becomes exact and says nothing of lower ranks.
 HIGHEST: dict[Side, float] = {"first": 1.6, "down": 1.0}
 WHOLE = 0.8
+# All their ranks, over the highest; they have MANY bases, but for one of FEW.
 RANKS: dict[Side, tuple[float, float, float]] = {"first": (0.375, 0.6875, 1.0), "down": (0.5, 0.75, 1.0)}
 MANY, FEW = 8, 2
 STEPS = 60

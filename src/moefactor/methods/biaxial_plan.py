@@ -161,12 +161,11 @@ def _table(
         removed, down_energy = _down_costs(believed, cut)
         first_energy = float(sum(energy[e][believed.rows(k)].sum() for e, k in enumerate(cut.kept)))
         offers = {}
-        for stack, halves, directions, whole in (
-            (layer.first_stack, fitted.halves, cut.first_directions(believed)[0], first_energy),
-            ("down", 1, cut.down_directions(believed)[0], down_energy),
+        for side, stack, halves, directions, whole in (
+            ("first", layer.first_stack, fitted.halves, cut.first_directions(believed)[0], first_energy),
+            ("down", "down", 1, cut.down_directions(believed)[0], down_energy),
         ):
             offers[stack] = _latents(layer, halves * kept, directions, multiple)
-            side = "down" if stack == "down" else "first"
             if side in foretold:
                 offers[stack] += _mixtures(layer, halves, kept, whole, foretold[side], side, multiple, MIXING[form])
             offers[stack] = _front(offers[stack])
