@@ -146,7 +146,7 @@ def _table(
     prices, energy = fitted.prices(), believed.first_energy()
 
     def cut_at(share: float) -> Cut:
-        return Cut.of(fitted, prices, _widths(prices, share))
+        return Cut.of(fitted, prices, widths_at(prices, share))
 
     foretold: dict[Side, MixturePrices] = {}
     if form in MIXING and layer.experts >= LEAST_EXPERTS:
@@ -173,7 +173,7 @@ def _table(
     return rows
 
 
-def _widths(prices: Tensor, share: float) -> list[int]:
+def widths_at(prices: Tensor, share: float) -> list[int]:
     """Channels that each expert keeps when the cheapest `share` of the layer's goes."""
     every = prices.flatten()
     gone = torch.zeros(len(every), dtype=torch.bool, device=every.device)
