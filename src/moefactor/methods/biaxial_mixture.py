@@ -26,8 +26,10 @@ WHOLE = 0.8
 RANKS: dict[Side, tuple[float, float, float]] = {"first": (0.375, 0.6875, 1.0), "down": (0.5, 0.75, 1.0)}
 MANY, FEW = 8, 2
 STEPS = 60
-# How far the log of a fit of 600 steps is below that of a short one, over √bases · (rank / hidden)². Measured on two
-# models, up to WHOLE: 0.45 to 0.75 for gate and up, 0.9 to 1.7 for down, with a text and without, silu or none.
+# How far the log of a fit of 600 steps is below that of a short one, over √bases · (rank / hidden)². What these two
+# foretell is off by 0.1, root mean square, and short fits alone by 0.27 (benchmarks/mixture_prices.py, where the
+# middle and highest ranks want 0.6 to 1.6 for gate and up and 1.4 to 3.1 for down; without a text 0.7 to 1.0 and 0.9 to
+# 1.5).
 UNFINISHED: dict[Side, float] = {"first": 0.65, "down": 1.5}
 MOST = 2.0  # that the share of channels gone is believed to multiply a log by
 RATE = 0.1
