@@ -24,7 +24,7 @@ from moefactor.heal import BATCH, LABELS
 from moefactor.text import with_own
 from quality import CALIBRATIONS, MODEL, ROOT, TEXTS, line, measure
 
-EVERY = ("calibration-proportional.txt", "wikitext2/valid.txt", "ptb/valid.txt", "calibration-mix.txt")
+EVERY = (CALIBRATIONS["like"], CALIBRATIONS["wikitext2"], "ptb/valid.txt", CALIBRATIONS["unlike"])
 
 
 def main() -> None:

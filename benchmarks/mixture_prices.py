@@ -18,17 +18,9 @@ import tempfile
 from pathlib import Path
 
 from moefactor.calibrate import Calibration, calibrate
+from moefactor.methods import METHODS
 from moefactor.methods.biaxial import DOUBT, NEEDS
-from moefactor.methods.biaxial_mixture import (
-    FEW,
-    MANY,
-    RANKS,
-    cost_of,
-    fit_mixture,
-    highest_rank,
-    mixture_prices,
-    mixture_problem,
-)
+from moefactor.methods.biaxial_mixture import FEW, MANY, RANKS, Probe, mixture_prices
 from moefactor.methods.biaxial_mixture import STEPS as SHORT
 from moefactor.methods.biaxial_plan import MIXING, PROBED, widths_at
 from moefactor.methods.metrics import Cut, Metrics
@@ -36,11 +28,12 @@ from moefactor.run_folder import RunFolder
 from moefactor.streaming import StreamedModel
 from quality import MODEL, ROOT, calibration_of
 
-SHRINKAGE, LONG = 0.5, 600  # biaxial's own
+OPTIONS = METHODS["biaxial"].complete({})
+LONG = OPTIONS["steps"]
 
 
 def rows_of(fitted: Metrics, believed: Metrics, side: str, form: str, shares: list[float]) -> list[dict]:
-    layer, removal = fitted.layer, fitted.prices()
+    removal = fitted.prices()
 
     def cut_at(share: float) -> Cut:
         return Cut.of(fitted, removal, widths_at(removal, share))
@@ -48,22 +41,15 @@ def rows_of(fitted: Metrics, believed: Metrics, side: str, form: str, shares: li
     prices = mixture_prices(believed, cut_at, PROBED, side, MIXING[form], 0)
     found = []
     for share in shares:
-        cut = cut_at(share)
-        kept = cut.first_rows() if side == "first" else cut.down
-        problem, whole = mixture_problem(cut, side, MIXING[form]), cost_of(believed, cut, side, kept)
-        highest = highest_rank(side, sum(len(k) for k in cut.kept) / layer.experts, layer.hidden)
+        probe = Probe(believed, cut_at(share), side, MIXING[form], 0)
         for bases in (FEW, MANY):
             for part in RANKS[side]:
-                rank = max(1, min(round(part * highest), problem.weights.shape[1]))
-                logs = []
-                for steps in (SHORT, LONG):
-                    _, rebuilt = fit_mixture(problem, bases, rank, steps, 0)
-                    changes = (r - f[: len(r)].to(r) for r, f in zip(kept, rebuilt, strict=True))
-                    logs.append(math.log(max(cost_of(believed, cut, side, changes) / whole, 1e-12)))
+                rank = max(1, min(round(part * probe.highest), probe.problem.weights.shape[1]))
+                short, long = (probe.fitted(rank, bases, steps) for steps in (SHORT, LONG))
                 found.append({
-                    "side": side, "share": share, "bases": bases, "rank": rank, "short": logs[0],
-                    "foretold": prices.log_loss(rank / highest, bases, share), "long": logs[1],
-                    "unfinished": (logs[0] - logs[1]) / (math.sqrt(bases) * (rank / layer.hidden) ** 2),
+                    "side": side, "share": share, "bases": bases, "rank": rank, "short": short,
+                    "foretold": prices.log_loss(rank / probe.highest, bases, share), "long": long,
+                    "unfinished": (short - long) / (math.sqrt(bases) * (rank / probe.hidden) ** 2),
                 })  # fmt: skip
     return found
 
@@ -91,7 +77,7 @@ def main() -> None:
             index = range(len(model.experts))[number]
             weights = model.expert_weights(model.experts[index])
             stats = None if arguments.data_free else run.stats(index)
-            fitted, believed = Metrics(weights, stats, SHRINKAGE), Metrics(weights, stats, DOUBT)
+            fitted, believed = Metrics(weights, stats, OPTIONS["shrinkage"]), Metrics(weights, stats, DOUBT)
             for side in ("first", "down"):
                 for row in rows_of(fitted, believed, side, arguments.form, shares):
                     results.append({"layer": index, **row})

@@ -71,7 +71,7 @@ def mixture_prices(
         shares: where to fit; most of it is done at the first.
     """
     share, *others = shares
-    probe = _Probe(believed, cut_at(share), side, activation, seed)
+    probe = Probe(believed, cut_at(share), side, activation, seed)
     # Ranks of a small stack can round to the same; more bases include fewer, so that fewer gain less.
     knots = ((0.0, 0.0), *sorted(dict(probe.log_loss(rank, MANY) for rank in RANKS[side]).items()))
     middle, log = knots[len(knots) // 2]
@@ -79,14 +79,14 @@ def mixture_prices(
     del probe  # two at a time would hold the moments of all experts twice
     found = [*prices.shares]
     for other in others:
-        rank, log = _Probe(believed, cut_at(other), side, activation, seed).log_loss(middle, MANY)
+        rank, log = Probe(believed, cut_at(other), side, activation, seed).log_loss(middle, MANY)
         factor = log / min(-1e-6, prices.log_loss(rank, MANY, share))
         found.append((other, min(MOST, max(1 / MOST, factor))))
     return replace(prices, shares=tuple(sorted(found)))
 
 
-class _Probe:
-    """Short fits to one stack of one cut."""
+class Probe:
+    """Fits to one stack of one cut."""
 
     def __init__(self, believed: Metrics, cut: Cut, side: Side, activation: str, seed: int):
         self.believed, self.cut, self.side, self.seed = believed, cut, side, seed
@@ -101,11 +101,14 @@ class _Probe:
         """The whole rank nearest to `rank`, both over the highest, and what a long fit of it would come to."""
         whole = max(1, min(round(rank * self.highest), self.problem.weights.shape[1]))
         bases = min(bases, len(self.rows))
-        _, rebuilt = fit_mixture(self.problem, bases, whole, STEPS, self.seed)
-        changes = (r - f[: len(r)].to(r) for r, f in zip(self.rows, rebuilt, strict=True))
-        log = math.log(max(cost_of(self.believed, self.cut, self.side, changes) / self.energy, 1e-12))
-        log -= UNFINISHED[self.side] * bases**0.5 * (whole / self.hidden) ** 2
+        log = self.fitted(whole, bases, STEPS) - UNFINISHED[self.side] * bases**0.5 * (whole / self.hidden) ** 2
         return whole / self.highest, min(-1e-6, log)
+
+    def fitted(self, rank: int, bases: int, steps: int) -> float:
+        """log(relative loss) that a fit comes to."""
+        _, rebuilt = fit_mixture(self.problem, bases, rank, steps, self.seed)
+        changes = (r - f[: len(r)].to(r) for r, f in zip(self.rows, rebuilt, strict=True))
+        return math.log(max(cost_of(self.believed, self.cut, self.side, changes) / self.energy, 1e-12))
 
 
 def _through(knots: tuple[tuple[float, float], ...], x: float) -> float:
