@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import moefactor
 from moefactor.methods import METHODS
-from moefactor.runtime.experts import FactorisedExperts
+from moefactor.runtime.module import FactorisedExperts
 
 MODEL = Path(__file__).resolve().parents[1] / "assets" / "reference-moe"
 ROWS = {

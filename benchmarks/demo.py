@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moefactor
-from moefactor.evaluate import Evaluation
+from moefactor.evaluation import Evaluation
 from moefactor.generate import generate
 
 MODEL = Path(__file__).resolve().parents[1] / "assets" / "reference-moe"

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import moefactor
-from moefactor.heal import BATCH, LABELS
+from moefactor.healing import BATCH, LABELS
 from moefactor.text import with_own
 from quality import CALIBRATIONS, MODEL, ROOT, TEXTS, line, measure
 

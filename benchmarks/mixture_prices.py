@@ -18,12 +18,12 @@ import tempfile
 from pathlib import Path
 
 from moefactor.calibrate import Calibration, calibrate
+from moefactor.fitting.metrics import Cut, Metrics
 from moefactor.methods import METHODS
 from moefactor.methods.biaxial import DOUBT, NEEDS
-from moefactor.methods.biaxial_mixture import FEW, MANY, RANKS, Probe, mixture_prices
-from moefactor.methods.biaxial_mixture import STEPS as SHORT
-from moefactor.methods.biaxial_plan import MIXING, PROBED, widths_at
-from moefactor.methods.metrics import Cut, Metrics
+from moefactor.methods.biaxial.mixtures import FEW, MANY, RANKS, Probe, mixture_prices
+from moefactor.methods.biaxial.mixtures import STEPS as SHORT
+from moefactor.methods.biaxial.planning import MIXING, PROBED, widths_at
 from moefactor.run_folder import RunFolder
 from moefactor.streaming import StreamedModel
 from quality import MODEL, ROOT, calibration_of

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from moefactor.evaluate import window_losses
+from moefactor.evaluation import window_losses
 from moefactor.text import tokenise
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,8 +26,7 @@ def fit(model: StreamedModel, layer: int, projection: str, solver: str, steps: i
     method = METHODS["mobe"]
     weights = model.expert_weights(model.experts[layer])
     options = method.complete({"projections": projection, "solver": solver, "steps": steps})
-    offers = method.offers(weights, None, seed=0, **options)
-    plan: LayerPlan = offers.plan([BASES])
+    plan: LayerPlan = method.build(method.price(weights, None, None, seed=0, **options), [BASES])
     # The other stacks stay dense, so that the time is this stack's alone.
     started = time.perf_counter()
     compressed = method.factorise(weights, None, replace(plan), seed=0, **options)

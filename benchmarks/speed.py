@@ -20,9 +20,9 @@ from torch import nn
 
 from moefactor.experts import ExpertLayer
 from moefactor.forms import BasePlusDelta, BasisMixture, Dense, Form, Ragged, SharedBasis, SparseResidual, low_rank
-from moefactor.methods.biaxial_plan import Candidate, forms_of
+from moefactor.methods.biaxial.planning import Candidate, forms_of
 from moefactor.plan import LayerPlan
-from moefactor.runtime.experts import FactorisedExperts
+from moefactor.runtime.module import FactorisedExperts
 
 KEPT = 0.6
 

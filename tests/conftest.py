@@ -14,6 +14,7 @@ import torch
 
 import moefactor
 from moefactor import cli
+from moefactor.stages import Recipe
 from tiny import build
 
 REFERENCE = Path(__file__).parent.parent / "assets" / "reference-moe"
@@ -57,10 +58,9 @@ def compressed(
     @cache
     def make(kind: str, method: str = "svd", ratio: float = 0.4, dtype: torch.dtype = torch.float32, **options) -> Path:
         out = root / f"{kind}-{method}-{ratio}-{str(dtype).removeprefix('torch.')}-{len(list(root.iterdir()))}"
-        source = tiny_model(kind, dtype)
-        return moefactor.compress(
-            str(source), method, ratio, out, calibration=str(text_file), samples=4, seqlen=16, **options
-        )
+        recipe = Recipe.of(method, options)
+        text = {"calibration": str(text_file), "samples": 4, "seqlen": 16} if recipe.reads_text else {}
+        return moefactor.compress(str(tiny_model(kind, dtype)), method, ratio, out, **text, **options)
 
     return make
 

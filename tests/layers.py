@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from moefactor.allocate import LayerOffers
+from moefactor.allocate import Budget, LayerOffers
 from moefactor.experts import CompressedExperts, ExpertLayer, ExpertWeights
-from moefactor.methods import Method
-from moefactor.methods.base import accepted
+from moefactor.methods import Method, accepted
 from moefactor.plan import LayerPlan
 from moefactor.stats import STATISTICS, LayerStats
 
@@ -107,22 +107,39 @@ def only(stats: LayerStats, needs: set[str]) -> LayerStats | None:
     return LayerStats(**{f.name: getattr(stats, f.name) if f.name in kept else None for f in fields(stats)})
 
 
-def offered(method: Method, weights: ExpertWeights, stats: LayerStats | None, options: dict) -> LayerOffers:
-    """A method's offers, from no more statistics than it says it plans by."""
+def priced(
+    method: Method, weights: ExpertWeights, stats: LayerStats | None, options: dict, budget: Budget | None = None
+) -> object:
+    """What a method says a layer can spend on, from no more statistics than it says it plans by; through JSON, as a
+    resumed run reads it."""
     seen = only(stats, method.plan_needs(options)) if stats is not None else None
-    return method.offers(weights, seen, seed=5, **accepted(method.offers, options))
+    budget = budget or Budget(weights.layer.parameter_count, 0.5)
+    found = method.price(weights, seen, budget, seed=5, **accepted(method.price, options))
+    return method.priced(weights.layer, json.loads(json.dumps(found.to_json())))
+
+
+def planned(
+    method: Method, weights: ExpertWeights, stats: LayerStats | None, options: dict, *, units: int | None = None
+) -> LayerPlan:
+    """One layer planned, every offer bought `units` times (None: as often as can be); of a method without offers, a
+    twentieth of the layer for each unit and a quarter besides."""
+    share = 1.0 if units is None else min(1.0, 0.25 + units / 20)
+    budget = Budget(int(share * weights.layer.parameter_count), max(0.01, 1 - share))
+    found = priced(method, weights, stats, options, budget)
+    if not isinstance(found, LayerOffers):
+        return method.plan([found], budget).layers[0]
+    bought = [o.maximum if units is None else max(o.minimum, min(units, o.maximum)) for o in found.offers]
+    return method.build(found, bought)
 
 
 def factorised(
     method: Method, weights: ExpertWeights, stats: LayerStats, *, units: int | None = None, **options: object
 ) -> tuple[LayerPlan, CompressedExperts]:
-    """One layer through a method, every offer bought `units` times (None: as often as can be)."""
+    """One layer through a method."""
     options = method.complete(options)
-    offers = offered(method, weights, stats, options)
-    bought = [o.maximum if units is None else max(o.minimum, min(units, o.maximum)) for o in offers.offers]
-    plan = offers.plan(bought)
-    result = method.factorise(weights, only(stats, method.factorise_needs(options)), plan, seed=5, **options)
-    return plan, result
+    plan = planned(method, weights, stats, options, units=units)
+    given = accepted(method.factorise, options)
+    return plan, method.factorise(weights, only(stats, method.factorise_needs(options)), plan, seed=5, **given)
 
 
 def stacked(weights: ExpertWeights) -> dict[str, Tensor]:

@@ -17,17 +17,22 @@ from torch import Tensor, nn
 import moefactor
 from layers import LAYERS, UNUSED, activation, only, random_stats, random_weights, routed, routed_tokens, stacked
 from models import IDS, load, logits, read_plan, rebuilt
+from moefactor.allocate import Budget
 from moefactor.errors import UserError
 from moefactor.experts import CompressedExperts, ExpertLayer, ExpertWeights
-from moefactor.forms import BasisMixture, Latent, Ragged, Routing, form_from_json
-from moefactor.methods import METHODS, biaxial, biaxial_mixture, biaxial_plan
-from moefactor.methods.biaxial_mixture import MixturePrices, mixture_prices
-from moefactor.methods.biaxial_plan import Candidate, Choice, Row, forms_of
-from moefactor.methods.metrics import RIDGE, Cut, Metrics, roots
-from moefactor.methods.mixture import Problem, group_starts
-from moefactor.methods.refine import LayerTokens, refine
+from moefactor.fitting.metrics import RIDGE, Cut, Metrics, roots
+from moefactor.fitting.mixture import Problem, group_starts
+from moefactor.fitting.refine import LayerTokens, refine
+from moefactor.forms import BasisMixture, Latent, Ragged, form_from_json
+from moefactor.methods import METHODS, biaxial
+from moefactor.methods.biaxial import mixtures as biaxial_mixture
+from moefactor.methods.biaxial import planning as biaxial_plan
+from moefactor.methods.biaxial.mixtures import MixturePrices, mixture_prices
+from moefactor.methods.biaxial.planning import Candidate, forms_of
 from moefactor.plan import LayerPlan
-from moefactor.runtime.experts import FactorisedExperts
+from moefactor.routing import Routing
+from moefactor.runtime.kernels import Setting, choose
+from moefactor.runtime.module import FactorisedExperts
 from moefactor.stats import STATISTICS, LayerStats
 from moefactor.streaming import _observed_forward
 
@@ -50,11 +55,11 @@ def random_factors(form: Latent) -> dict[str, Tensor]:
 @pytest.mark.parametrize("halves", [1, 2])
 def test_latent_is_its_dense_experts(halves: int) -> None:
     form = latent(halves=halves)
-    factors = random_factors(form)
+    factors, run = random_factors(form), choose(form, Setting("cpu", torch.float32))
     ids, weights = torch.tensor([[0, 2], [3, 1], [2, 3]]), torch.rand(3, 2)
     routing = Routing(ids, weights, 4)
     tokens = torch.randn(3, form.hidden)
-    rows = form.read(factors, tokens, routing)
+    rows = run.read(factors, tokens, routing)
     for row, token, expert in zip(rows, routing.token, routing.expert, strict=True):
         torch.testing.assert_close(row, form.dense(factors, int(expert)) @ tokens[token])
     assert form_from_json(form.to_json(), experts=4, width=form.width, hidden=10, where="here") == form
@@ -63,8 +68,8 @@ def test_latent_is_its_dense_experts(halves: int) -> None:
     h = torch.randn(6, form.width)
     h *= torch.tensor([[float(k < form.inner.widths[e]) for k in range(6)] for e in routing.expert.tolist()])
     pairs = torch.stack([x @ form.dense(factors, int(e)) for x, e in zip(h, routing.expert, strict=True)])
-    torch.testing.assert_close(form.write(factors, h, routing), pairs)
-    torch.testing.assert_close(form.write_combined(factors, h, routing), routing.combine(pairs))
+    torch.testing.assert_close(run.write(factors, h, routing), pairs)
+    torch.testing.assert_close(run.write_combined(factors, h, routing), routing.combine(pairs))
 
 
 class Experts(nn.Module):
@@ -247,8 +252,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def planned(
     layers: list[tuple[ExpertWeights, LayerStats | None]], keep: float, *, multiple: int = 1, **options: object
 ) -> tuple[list[LayerPlan], float]:
-    budget = int(keep * sum(weights.layer.parameter_count for weights, _ in layers))
-    return biaxial.planner(layers, budget, ratio=1 - keep, multiple=multiple, seed=0, tick=lambda: None, **options)
+    parameters = int(keep * sum(weights.layer.parameter_count for weights, _ in layers))
+    budget = Budget(parameters, 1 - keep, multiple=multiple)
+    tables = [biaxial.price(weights, stats, budget, seed=0, **options) for weights, stats in layers]
+    made = biaxial.plan_tables(tables, budget)
+    return made.layers, made.loss
 
 
 def seen(kind: str = "gated", count: int = 1) -> list[tuple[ExpertWeights, LayerStats]]:
@@ -382,11 +390,11 @@ def test_without_text_a_third_of_the_ratio_goes_as_channels(ratio: float, weight
     """But for those that what was left of the budget buys back; the user may say otherwise."""
     (plan,), _ = planned([(weights, None)], 1 - ratio, form="fast", data_free=True)
     layer = weights.layer
-    gone = layer.experts * layer.intermediate - sum(biaxial_plan.ragged_of(plan.forms["down"]).widths)
+    gone = layer.experts * layer.intermediate - sum(plan.forms["down"].rows().widths)
     most = round(ratio / 3 * layer.experts * layer.intermediate)
     assert 0.5 * most < gone <= most
     (whole,), _ = planned([(weights, None)], 1 - ratio, form="fast", data_free=True, channel_share=0.0)
-    assert sum(biaxial_plan.ragged_of(whole.forms["down"]).widths) == layer.experts * layer.intermediate
+    assert sum(whole.forms["down"].rows().widths) == layer.experts * layer.intermediate
 
 
 @pytest.mark.parametrize("prior", [0.0, 1.0])
@@ -410,46 +418,6 @@ def test_what_a_basis_is_priced_at(weights: ExpertWeights, stats: LayerStats, pr
     prices, basis, inward = cut.down_directions()
     changes = [d - d @ inward[:, :9] @ basis[:9] for d in cut.down]
     assert biaxial_mixture.cost_of(metrics, cut, "down", changes) == pytest.approx(float(prices[9:].sum()), rel=1e-4)
-
-
-def random_tables(seed: int) -> list[list[Row]]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(most: float) -> float:
-        return float(torch.rand((), generator=generator)) * most
-
-    def candidates() -> list[Candidate]:
-        return [Candidate(draw(10), 1 + int(draw(30)), rank) for rank in range(4)]
-
-    return [[Row([], draw(5), {"gate_up": candidates(), "down": candidates()}) for _ in range(3)] for _ in range(2)]
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_spending_is_the_best_there_is_at_its_cost(seed: int) -> None:
-    """Against every combination: none that costs no more loses less. And the budget is met whenever it can be."""
-    tables = random_tables(seed)
-    every = [
-        [
-            Choice(row, {"gate_up": a, "down": b})
-            for row in table
-            for a in row.offers["gate_up"]
-            for b in row.offers["down"]
-        ]
-        for table in tables
-    ]
-    all_of_them = [(a.cost + b.cost, a.loss + b.loss) for a, b in itertools.product(*every)]
-    for budget in range(0, 130, 7):
-        fitting = [loss for cost, loss in all_of_them if cost <= budget]
-        choices = biaxial_plan._spend(tables, budget)
-        assert bool(choices) == bool(fitting)
-        if not choices:
-            continue
-        cost, loss = sum(c.cost for c in choices), sum(c.loss for c in choices)
-        assert cost <= budget
-        assert loss <= min(other for price, other in all_of_them if price <= cost) + 1e-4
-        biaxial_plan._improve(tables, choices, budget - cost)
-        assert sum(c.cost for c in choices) <= budget
-        assert min(fitting) - 1e-9 <= sum(c.loss for c in choices) <= loss
 
 
 def test_a_front_has_nothing_that_another_beats() -> None:
@@ -746,7 +714,7 @@ def test_refining_gives_back_what_it_can_not_better(
     start = biaxial.factorise(weights, stats, plan, seed=0)
     few = layer_tokens(weights, plan, count=70)  # 54 of them to learn from
     assert refine(start, few, torch.eye(24), steps=5, seed=0) is start
-    monkeypatch.setattr("moefactor.methods.refine.RATE", 1e3)
+    monkeypatch.setattr("moefactor.fitting.refine.RATE", 1e3)
     tokens = layer_tokens(weights, plan)
     assert refine(start, tokens, torch.eye(24), steps=30, seed=0) is start
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layers import random_stats, random_weights
 from models import IDS, load, logits
-from moefactor.compare import Contender, compare, mark_front
+from moefactor import comparison as module
+from moefactor.comparison import Contender, compare, mark_front
 from moefactor.errors import UserError
 from moefactor.methods import METHODS
-
-module = importlib.import_module("moefactor.compare")  # the package has a function of that name
+from moefactor.stages import Run
 
 CONTENDERS = [
     Contender("svd", "svd", {}),
@@ -100,8 +99,8 @@ def test_a_second_call_runs_nothing(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("ran again")
 
-    for name in ("run_stages", "evaluate"):
-        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(Run, "all", refuse)
+    monkeypatch.setattr(module, "evaluate", refuse)
     seen: list[dict] = []
     assert asked(source, output, text_file, on_row=seen.append) == rows
     assert [r["label"] for r in seen] == [r["label"] for r in rows]
@@ -111,15 +110,15 @@ def test_a_stopped_comparison_goes_on(
     source: Path, text_file: Path, tmp_path: Path, rows: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the third run: the finished two stay, only the rest is made."""
-    stages, made = module.run_stages, []
+    stages, made = Run.all, []
 
-    def counted(*args: object, **kwargs: object) -> object:
-        made.append(args[1].name)
+    def counted(run: Run, *args: object) -> object:
+        made.append(run.recipe.method.name)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return stages(*args, **kwargs)
+        return stages(run, *args)
 
-    monkeypatch.setattr(module, "run_stages", counted)
+    monkeypatch.setattr(Run, "all", counted)
     with pytest.raises(KeyboardInterrupt):
         asked(source, tmp_path / "out", text_file)
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["rows"]) == 3  # the dense model's too
@@ -203,8 +202,8 @@ def test_static_pruning_saves_memory(shared: str) -> None:
     stats, counts = random_stats(weights), {}
     for share in (0.0, 0.25, 0.5):
         options = method.complete({"base_pruning": share, "shared": shared, "base": "mean"})
-        offers = method.offers(weights, stats, seed=0, **{k: v for k, v in options.items() if k != "base"})
-        plan = offers.plan([3] * len(offers.offers))
+        offers = method.price(weights, stats, None, seed=0, **options)
+        plan = method.build(offers, [3] * len(offers.offers))
         result = method.factorise(weights, stats, plan, seed=0, **options)
         counts[share] = sum(t.numel() for t in result.tensors.values())
         assert counts[share] == plan.parameter_count()
@@ -220,6 +219,6 @@ def test_what_static_pruning_saves_the_deltas_may_spend() -> None:
     weights, method, ranks = random_weights(), METHODS["d2moe"], {}
     for share in (0.0, 0.5):
         options = method.complete({"base_pruning": share, "base": "mean"})
-        offers = method.offers(weights, None, seed=0, **{k: v for k, v in options.items() if k != "base"})
+        offers = method.price(weights, None, None, seed=0, **options)
         ranks[share] = (int(0.6 * weights.layer.parameter_count) - offers.fixed) / offers.offers[0].unit_cost
     assert ranks[0.5] > ranks[0.0] + 1

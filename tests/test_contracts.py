@@ -10,19 +10,21 @@ import torch
 
 from layers import LAYERS, UNUSED, factorised, random_stats, random_weights, stacked
 from moefactor.experts import CompressedExperts, ExpertWeights
-from moefactor.linalg import weighted_error
+from moefactor.fitting.linalg import weighted_error
 from moefactor.methods import METHODS
+from moefactor.methods.biaxial import mixtures, planning
 from moefactor.plan import LayerPlan
 from moefactor.stats import STATISTICS, LayerStats
 
 # What keeps a method that fits by gradient descent quick here; goes with every case of it.
-QUICK: dict[str, dict] = {"mobe": {"steps": 30}, "slbf": {"steps": 30}}
+QUICK: dict[str, dict] = {"mobe": {"steps": 30}, "slbf": {"steps": 30}, "biaxial": {"steps": 5}}
 # Options to go through besides the defaults.
 VARIANTS: dict[str, list[dict]] = {
     "svd": [{"joint": True}, {"projections": ("down",)}],
     "whitened_svd": [{"joint": True}],
     "shared_basis": [{"groups": 3}, {"whitened": False, "joint": False}],
     "rfid": [{"projections": ("gate", "up", "down"), "joint": True}, {"residual": 0.0, "group_size": 3}],
+    "biaxial": [{"form": "linear"}, {"form": "tight"}, {"data_free": True}],
 }
 # Why a method with these options may give other experts when the experts come in another order.
 ORDERED: dict[tuple[str, str], str] = {
@@ -31,11 +33,11 @@ ORDERED: dict[tuple[str, str], str] = {
     ("rfid", "projections=gate,up,down joint=True"): "as above",
     ("mobe", ""): "bases start from runs of consecutive experts",
     ("slbf", ""): "as above",
+    ("biaxial", "form=linear"): "mixtures start from runs of consecutive experts",
+    ("biaxial", "form=tight"): "as above",
 }
 # How near a method comes to the weights when it may keep all it asks for, where that is not rounding, and why.
 NEAR: dict[str, float] = {"mobe": 0.12, "slbf": 0.05}  # four hundred steps of a fit, with a ridge
-# Methods that plan over all layers at once and have no offers of one, with contracts of their own.
-WHOLE_MODEL: dict[str, str] = {"biaxial": "test_biaxial.py"}
 # Methods without an error to report, and why.
 ERRORLESS: dict[str, str] = {"reap": "drops experts and leaves the others as they are"}
 
@@ -50,7 +52,6 @@ def label(options: dict) -> str:
 CASES = [
     pytest.param(name, options, id=f"{name} {label(options)}".strip())
     for name in METHODS
-    if name not in WHOLE_MODEL
     for options in [{}, *VARIANTS.get(name, [])]
 ]
 
@@ -59,6 +60,13 @@ def through(
     name: str, weights: ExpertWeights, stats: LayerStats, *, units: int | None = None, **options: object
 ) -> tuple[LayerPlan, CompressedExperts]:
     return factorised(METHODS[name], weights, stats, units=units, **QUICK.get(name, {}) | options)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """biaxial's table from shorter fits, and coarser."""
+    monkeypatch.setattr(mixtures, "STEPS", 5)
+    monkeypatch.setattr(planning, "SHARES", (0.0, 0.1, 0.25, 0.5))
 
 
 @pytest.fixture(scope="module")

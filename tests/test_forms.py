@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,21 +15,25 @@ from torch import Tensor
 
 from moefactor.errors import UserError
 from moefactor.forms import (
+    FORMS,
+    INT32,
     BasePlusDelta,
     BasisMixture,
     Dense,
     Form,
+    Latent,
     Ragged,
-    Routing,
     SharedBasis,
     SharedPrivate,
     SparseResidual,
     form_from_json,
-    grouped_linear,
     low_rank,
 )
 from moefactor.forms.base import Factors
 from moefactor.forms.basis_mixture import ACTIVATIONS, pack_bases
+from moefactor.routing import Routing
+from moefactor.runtime.kernels import KERNELS, Kernel, Setting, choose, why_not
+from moefactor.runtime.kernels.grouped import grouped_linear
 
 QUICK = settings(max_examples=40, deadline=None)
 
@@ -101,11 +106,32 @@ def forms(draw: st.DrawFn) -> Form:
     if kind == "private":
         return SharedPrivate(*sizes, rank=draw(st.integers(1, min(width, experts * hidden))))
     form: Form = Dense(*sizes) if kind == "dense" else draw(shared_bases(*sizes))
-    if draw(st.booleans()):
-        groups = draw(partitions(experts))
-        lengths = tuple(draw(st.integers(1, len(g) * width * hidden)) for g in groups)
-        seed = draw(st.integers(0))
-        form = SparseResidual(experts, width, hidden, inner=form, groups=groups, sizes=lengths, seed=seed)
+    return draw(residuals(form)) if draw(st.booleans()) else form
+
+
+@st.composite
+def residuals(draw: st.DrawFn, inner: Form) -> SparseResidual:
+    groups = draw(partitions(inner.experts))
+    lengths = tuple(draw(st.integers(1, len(g) * inner.width * inner.hidden)) for g in groups)
+    seed = draw(st.integers(0, 1 << 40))
+    return SparseResidual(
+        inner.experts, inner.width, inner.hidden, inner=inner, groups=groups, sizes=lengths, seed=seed
+    )
+
+
+@st.composite
+def latents(draw: st.DrawFn, inner: Form) -> Latent:
+    """Around a form of any hidden size, its rank."""
+    hidden = draw(st.integers(inner.hidden, inner.hidden + 9))
+    return Latent(inner.experts, inner.width, hidden, rank=inner.hidden, inner=inner)
+
+
+@st.composite
+def nested_forms(draw: st.DrawFn) -> Form:
+    """Forms inside forms, up to three deep, where both may have a tensor of one name."""
+    form = draw(forms())
+    for _ in range(draw(st.integers(1, 2))):
+        form = draw(latents(form) if draw(st.booleans()) else residuals(form))
     return form
 
 
@@ -117,22 +143,34 @@ def random_factors(form: Form, dtype: torch.dtype = torch.float32) -> Factors:
         return torch.stack(drawn).int()
 
     factors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in form.shapes().items()}
-    if isinstance(form, BasisMixture) and form.basis_rank:
-        pivots = distinct(form.groups * form.bases, form.rank, form.basis_rank)
-        factors["basis_pivots"] = pivots.view(form.groups, form.bases, form.basis_rank)
+    innermost = form
+    while isinstance(innermost, Latent | SparseResidual):
+        innermost = innermost.inner
+    if isinstance(innermost, BasisMixture) and innermost.basis_rank:
+        pivots = distinct(innermost.groups * innermost.bases, innermost.rank, innermost.basis_rank)
+        factors["basis_pivots"] = pivots.view(innermost.groups, innermost.bases, innermost.basis_rank)
     if "base_columns" in factors:
-        factors["base_columns"] = distinct(1, form.columns, form.kept)[0]
-    assert {name for name, tensor in factors.items() if tensor.dtype == torch.int32} == form.integers() & factors.keys()
+        factors["base_columns"] = distinct(1, innermost.columns, innermost.kept)[0]
+    whole = {name for name, spec in form.tensors().items() if spec.dtype == INT32}
+    assert {name for name, tensor in factors.items() if tensor.dtype == torch.int32} == whole
     return factors
+
+
+def kernel(form: Form, dtype: torch.dtype = torch.float32) -> Kernel:
+    """What runs the form on a CPU."""
+    return choose(form, Setting("cpu", dtype))
 
 
 def reads(form: Form) -> bool:
     """Whether the form serves gate and up; a base lies on one side only."""
-    return not (isinstance(form, BasePlusDelta) and form.writes)
+    inner = getattr(form, "inner", None)
+    return reads(inner) if inner is not None else not (isinstance(form, BasePlusDelta) and form.writes)
 
 
 def writes(form: Form) -> bool:
     """Whether it serves down."""
+    if getattr(form, "inner", None) is not None:
+        return writes(form.inner)
     return form.writes if isinstance(form, BasePlusDelta) else getattr(form, "halves", 1) == 1
 
 
@@ -160,12 +198,12 @@ def loop(form: Form, factors: Factors, tokens: Tensor, activations: Tensor, ids:
 
 
 def check_against_the_loop(form: Form, factors: Factors, tokens: Tensor, ids: Tensor, weights: Tensor, slack: float):
-    routing = Routing(ids, weights, form.experts)
+    routing, run = Routing(ids, weights, form.experts), kernel(form, tokens.dtype)
     generator = torch.Generator().manual_seed(1)
     activations = torch.randn(*ids.shape, form.width, generator=generator).to(tokens.dtype)
     rows, combined = loop(form, factors, tokens, activations, ids, weights)
     if reads(form):
-        read = form.read(factors, tokens, routing)
+        read = run.read(factors, tokens, routing)
         assert read.shape == (ids.numel(), form.width)
         for row, pair in zip(read, routing.order.tolist(), strict=True):
             expected = rows.get(divmod(pair, ids.shape[1]))
@@ -174,8 +212,8 @@ def check_against_the_loop(form: Form, factors: Factors, tokens: Tensor, ids: Te
     if writes(form):
         pairs = activations.flatten(0, 1)[routing.order]
         for out in (
-            form.write_combined(factors, pairs, routing),
-            routing.combine(form.write(factors, pairs, routing)),
+            run.write_combined(factors, pairs, routing),
+            routing.combine(run.write(factors, pairs, routing)),
         ):
             assert out.shape == (len(tokens), form.hidden)
             most = float(combined.abs().max()) if combined.numel() else 0
@@ -183,7 +221,7 @@ def check_against_the_loop(form: Form, factors: Factors, tokens: Tensor, ids: Te
 
 
 @QUICK
-@given(form=forms(), tokens=st.integers(1, 9), top_k=st.integers(1, 3), seed=st.integers(0, 99))
+@given(form=forms() | nested_forms(), tokens=st.integers(1, 9), top_k=st.integers(1, 3), seed=st.integers(0, 99))
 def test_applying_equals_the_loop(form: Form, tokens: int, top_k: int, seed: int) -> None:
     x = torch.randn(tokens, form.hidden, generator=torch.Generator().manual_seed(seed))
     check_against_the_loop(form, random_factors(form), x, *random_routing(form, tokens, top_k, seed), 1e-5)
@@ -203,6 +241,7 @@ def test_gradients_are_those_of_the_loop(form: Form, seed: int) -> None:
     """Of every factor and of what is multiplied: refining and healing train through read and write."""
     ids, weights = random_routing(form, 6, 2, seed)
     routing, generator = Routing(ids, weights, form.experts), torch.Generator().manual_seed(seed)
+    run = kernel(form)
     tokens = torch.randn(6, form.hidden, generator=generator)
     pairs = torch.randn(12, form.width, generator=generator)
     coefficients = torch.randn(12, form.width, generator=generator), torch.randn(6, form.hidden, generator=generator)
@@ -218,9 +257,9 @@ def test_gradients_are_those_of_the_loop(form: Form, seed: int) -> None:
     def applied(given: Factors, x: Tensor, h: Tensor) -> Tensor:
         total = torch.zeros(())
         if reads(form):  # rows of skipped pairs hold whatever; the loop leaves them out
-            total = total + (form.read(given, x, routing) * coefficients[0])[routing.weight > 0].sum()
+            total = total + (run.read(given, x, routing) * coefficients[0])[routing.weight > 0].sum()
         if writes(form):
-            total = total + (form.write_combined(given, h, routing) * coefficients[1]).sum()
+            total = total + (run.write_combined(given, h, routing) * coefficients[1]).sum()
         return total
 
     def by_loop(given: Factors, x: Tensor, h: Tensor) -> Tensor:
@@ -260,17 +299,17 @@ def test_gradients_are_those_of_the_loop(form: Form, seed: int) -> None:
 )
 @pytest.mark.parametrize("ids", [torch.zeros(0, 2, dtype=torch.long), torch.full((4, 2), 3)])
 def test_no_tokens_and_tokens_for_no_expert(form: Form, ids: Tensor) -> None:
-    routing = Routing(ids, torch.ones(ids.shape), form.experts)
+    routing, run = Routing(ids, torch.ones(ids.shape), form.experts), kernel(form)
     factors = random_factors(form)
     if reads(form):
-        assert form.read(factors, torch.ones(len(ids), 5), routing).shape == (ids.numel(), 4)
+        assert run.read(factors, torch.ones(len(ids), 5), routing).shape == (ids.numel(), 4)
     if writes(form):
-        combined = form.write_combined(factors, torch.ones(ids.numel(), 4), routing)
+        combined = run.write_combined(factors, torch.ones(ids.numel(), 4), routing)
         assert torch.equal(combined, torch.zeros(len(ids), 5))
 
 
 @QUICK
-@given(form=forms())
+@given(form=forms() | nested_forms())
 def test_json_round_trip(form: Form) -> None:
     data = json.loads(json.dumps(form.to_json()))
     read = form_from_json(data, experts=form.experts, width=form.width, hidden=form.hidden, where="here")
@@ -283,10 +322,11 @@ def test_json_round_trip(form: Form) -> None:
 
 
 @QUICK
-@given(form=forms())
+@given(form=forms() | nested_forms())
 def test_parameter_count_and_dense_shape(form: Form) -> None:
     factors = random_factors(form)
     assert form.parameter_count() == sum(t.numel() for t in factors.values())
+    assert form.bits(16) == sum(t.numel() * (16 if t.is_floating_point() else 32) for t in factors.values())
     assert all(form.dense(factors, e).shape == (form.width, form.hidden) for e in range(form.experts))
 
 
@@ -401,7 +441,7 @@ def test_dynamic_leaves_the_least_columns_out(data: st.DataObject, fraction: flo
     factors = random_factors(whole)
     form = BasePlusDelta(*sizes, whole.delta, whole.kept, whole.writes, dynamic=fraction)
     ids, weights = random_routing(form, 5, 2, seed)
-    routing = Routing(ids, weights, form.experts)
+    routing, run = Routing(ids, weights, form.experts), kernel(form)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(5, form.hidden, generator=generator)
     pairs = torch.randn(10, form.width, generator=generator)
@@ -415,13 +455,13 @@ def test_dynamic_leaves_the_least_columns_out(data: st.DataObject, fraction: flo
 
     close = {"atol": 1e-4, "rtol": 1e-4}
     if form.writes:
-        expected = whole.write(cut(pairs), pairs, routing)
-        torch.testing.assert_close(form.write(factors, pairs, routing), expected, **close)
-        expected = whole.write_combined(cut(routing.combine(pairs)), pairs, routing)
-        torch.testing.assert_close(form.write_combined(factors, pairs, routing), expected, **close)
+        expected = kernel(whole).write(cut(pairs), pairs, routing)
+        torch.testing.assert_close(run.write(factors, pairs, routing), expected, **close)
+        expected = kernel(whole).write_combined(cut(routing.combine(pairs)), pairs, routing)
+        torch.testing.assert_close(run.write_combined(factors, pairs, routing), expected, **close)
     else:
-        expected = whole.read(cut(tokens), tokens, routing)
-        torch.testing.assert_close(form.read(factors, tokens, routing), expected, **close)
+        expected = kernel(whole).read(cut(tokens), tokens, routing)
+        torch.testing.assert_close(run.read(factors, tokens, routing), expected, **close)
 
 
 MIXTURE = {"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu", "groups": 1, "basis_rank": 0}
@@ -448,7 +488,7 @@ MIXTURE = {"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu",
         (MIXTURE | {"widths": [1, 2, 0.5]}, "width 0.5 of expert 2"),
         (MIXTURE | {"widths": 2}, "missing or of the wrong type"),
         (MIXTURE | {"widths": [1, 1, 1], "halves": 0}, "halves 0"),
-        ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 9, "writes": True, "dynamic": 0}, "'kept'"),
+        ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 9, "writes": True, "dynamic": 0}, "kept 9"),
         ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 2, "writes": True, "dynamic": 1}, "'dynamic'"),
     ],
 )  # fmt: skip
@@ -465,7 +505,7 @@ def test_a_linear_mixture_of_few_bases_is_never_rebuilt(
     """As many bases as experts a token, or fewer: the bases work on tokens, whatever their number."""
     form = BasisMixture(6, 4, 5, bases=2 // groups, rank=3, activation="identity", groups=groups, widths=widths)
     generator = torch.Generator().manual_seed(0)
-    factors = {name: torch.randn(shape, generator=generator) for name, shape in form.shapes().items()}
+    factors, run = random_factors(form), kernel(form)
     experts = [form.dense(factors, expert) for expert in range(6)]
     monkeypatch.setattr(BasisMixture, "expert_bases", lambda *_: pytest.fail("rebuilt"))
     for count in (1, 3, 64):
@@ -473,6 +513,81 @@ def test_a_linear_mixture_of_few_bases_is_never_rebuilt(
         routing = Routing(ids, torch.rand(count, 2, generator=generator), 6)
         tokens = torch.randn(count, 5, generator=generator)
         rows = torch.stack([experts[e] @ tokens[t] for e, t in zip(routing.expert, routing.token, strict=True)])
-        torch.testing.assert_close(form.read(factors, tokens, routing), rows)
+        torch.testing.assert_close(run.read(factors, tokens, routing), rows)
         outs = torch.stack([row @ experts[e] for e, row in zip(routing.expert, rows, strict=True)])
-        torch.testing.assert_close(form.write_combined(factors, rows, routing), routing.combine(outs))
+        torch.testing.assert_close(run.write_combined(factors, rows, routing), routing.combine(outs))
+
+
+# -- descriptions and kernels ------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(form=forms() | nested_forms())
+def test_a_form_is_a_description(form: Form) -> None:
+    """Compared and pickled by what it says; what was bought can be put in again."""
+    assert pickle.loads(pickle.dumps(form)) == form
+    assert all(value not in form.summary() for value in ("tensor", "object at"))
+    if form.units():
+        assert form.with_units(form.units()) == form
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    """To rounding in float32, of products whose terms may be much larger than their sum."""
+    most = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, atol=1e-4 * (1 + most), rtol=1e-4)
+
+
+@QUICK
+@given(form=forms() | nested_forms(), seed=st.integers(0, 99))
+def test_every_way_to_run_a_form_gives_the_same(form: Form, seed: int) -> None:
+    """Of the table, those that nothing hinders on a CPU; the reference is the last of each."""
+    setting, factors = Setting("cpu", torch.float32), random_factors(form)
+    ids, weights = random_routing(form, 5, 2, seed)
+    routing, generator = Routing(ids, weights, form.experts), torch.Generator().manual_seed(seed)
+    tokens = torch.randn(5, form.hidden, generator=generator)
+    pairs = torch.randn(10, form.width, generator=generator)
+    real = routing.weight > 0  # rows of skipped pairs hold whatever
+    *fast, last = [w.build(form, setting) for w in KERNELS[form.name] if w.hindrance(form, setting) is None]
+    for run in fast:
+        if reads(form):
+            near(*(k.read(factors, tokens, routing)[real] for k in (run, last)))
+        if writes(form):
+            near(*(k.write_combined(factors, pairs, routing) for k in (run, last)))
+
+
+def test_every_form_has_kernels_and_a_reference() -> None:
+    assert {form.name for form in FORMS.values()} == {*KERNELS}
+    assert all(ways[-1].name == "experts rebuilt" for ways in KERNELS.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "ranks", "reason"),
+    [
+        (Setting("cuda", torch.bfloat16, (9, 0)), (8, 16), None),
+        (Setting("cuda", torch.float16, (9, 0)), (8, 16), "bfloat16 alone on CUDA, not float16"),
+        (Setting("cuda", torch.float32, (9, 0)), (8, 16), "bfloat16 alone on CUDA, not float32"),
+        (Setting("cuda", torch.bfloat16, (7, 5)), (8, 16), "this card has 7.5"),
+        (Setting("cpu", torch.float64), (8, 16), "does not take float64"),
+        (Setting("mps", torch.float16), (8, 16), "no grouped GEMM on mps"),
+    ],
+)
+def test_a_kernel_that_does_not_apply_says_why(setting: Setting, ranks: tuple[int, int], reason: str | None) -> None:
+    form = SharedBasis(4, 16, 32, groups=((0, 1), (2, 3)), ranks=ranks)
+    reasons = [why for _, why in why_not(Latent(4, 16, 40, rank=32, inner=form), setting)]
+    assert (reasons == []) if reason is None else (reason in reasons[0])
+
+
+def test_a_width_that_no_kernel_is_aligned_to_is_named() -> None:
+    ((way, why),) = why_not(Dense(4, 16, 30), Setting("cpu", torch.bfloat16))
+    assert way == "grouped GEMM"
+    assert "rows of 30 numbers are 60 bytes" in why
+
+
+def test_laying_out_keeps_names_shapes_and_values() -> None:
+    """safetensors maps files at addresses that a grouped GEMM does not take."""
+    form = Dense(2, 8, 8)
+    weight = torch.randn(1 + 2 * 8 * 8)[1:].view(2, 8, 8)
+    assert weight.data_ptr() % 16
+    laid = kernel(form).laid_out({"weight": weight})["weight"]
+    assert laid.data_ptr() % 16 == 0
+    assert torch.equal(laid, weight)

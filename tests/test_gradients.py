@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, silu
 from models import IDS, load
 from moefactor.calibrate import Calibration, calibrate
 from moefactor.experts import ExpertLayer
-from moefactor.methods.base import Stack
+from moefactor.fitting.stack import Stack
 from moefactor.methods.d2moe import merged_base
 from moefactor.run_folder import RunFolder
 from moefactor.stats import STATISTICS, LayerStats

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 
 import moefactor
 from models import digests, load, on_disk
+from moefactor import compression
+from moefactor import healing as heal_module
 from moefactor.errors import UserError
-from moefactor.heal import Healing, trainable
+from moefactor.healing import Healing, trainable
 from moefactor.text import load_tokenizer, tokenise, windows
 from tiny import tokenizer
 
@@ -26,7 +27,6 @@ class Killed(Exception):
     pass
 
 
-heal_module = sys.modules["moefactor.heal"]  # moefactor.heal is the function
 SEQLEN = 16
 
 
@@ -599,7 +599,7 @@ def test_compress_heals_on_text_of_the_models_own_too(
     def noted(student: Path, teacher: str, output: Path, *, text: str, **how: object) -> None:
         given.append(text)
 
-    monkeypatch.setattr(sys.modules["moefactor.compress"], "distil", noted)
+    monkeypatch.setattr(compression, "distil", noted)
     moefactor.compress(**whole, heal=1, own_text=own_text)
     assert given == [whole["calibration"] + suffix]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moefactor.linalg import (
+from moefactor.fitting.linalg import (
     effective_rank,
     spectrum,
     top_eigenvectors,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from layers import random_stats, random_weights
+from moefactor.fitting import mixture
+from moefactor.fitting.mixture import Problem, mixed, solve
+from moefactor.fitting.stack import Stack
 from moefactor.forms import BasisMixture
-from moefactor.methods import METHODS, mixture, mobe, slbf
-from moefactor.methods.base import Stack
-from moefactor.methods.mixture import Problem, mixed, solve
+from moefactor.methods import METHODS, mobe, slbf
 from moefactor.methods.mobe import START_LOGIT
 
 ACTIVATIONS = {"silu": lambda x: x / (1 + torch.exp(-x)), "tanh": torch.tanh, "identity": lambda x: x}
@@ -289,8 +290,6 @@ def test_weighted_minimises_the_output_error(name: str) -> None:
 def test_mobe_leaves_down_alone_unless_asked() -> None:
     for projections, stacks in ((None, {"gate", "up"}), (("gate", "up", "down"), {"gate", "up", "down"})):
         options = METHODS["mobe"].complete({"projections": projections} if projections else {})
-        plan = METHODS["mobe"].offers(
-            WEIGHTS, None, seed=0, **{k: options[k] for k in ("projections", "joint", "rank", "activation")}
-        )
-        forms = plan.plan([o.minimum for o in plan.offers]).forms
+        offers = METHODS["mobe"].price(WEIGHTS, None, None, seed=0, **options)
+        forms = METHODS["mobe"].build(offers, [o.minimum for o in offers.offers]).forms
         assert {name for name, f in forms.items() if isinstance(f, BasisMixture)} == stacks

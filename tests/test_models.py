@@ -13,12 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import moefactor
 from models import load, logits, on_disk, read_plan, rebuilt
 from moefactor.errors import UserError
-from moefactor.factorise import factorise, write_checkpoint
+from moefactor.factorise import factorise
 from moefactor.methods import METHODS
 from moefactor.plan import Plan
 from moefactor.run_folder import RunFolder
-from moefactor.runtime.experts import FactorisedExperts
+from moefactor.runtime.module import FactorisedExperts
 from moefactor.streaming import StreamedModel
+from moefactor.write import write_checkpoint
 from tiny import TINY, build, tokenizer
 
 # Four ways of storing and calibrating, in turn over the architectures.
@@ -92,8 +93,8 @@ def test_full_rank_is_the_dense_model(source: Path, dense: PreTrainedModel, tmp_
     options = svd.complete({"joint": True})
     streamed, layers = StreamedModel(str(source)), []
     for layer in streamed.experts:
-        offers = svd.offers(streamed.expert_weights(layer), None, seed=0, **options)
-        layers.append(offers.plan([o.maximum for o in offers.offers]))
+        offers = svd.price(streamed.expert_weights(layer), None, None, seed=0, **options)
+        layers.append(svd.build(offers, [o.maximum for o in offers.offers]))
     plan, run = Plan(str(source), "svd", None, 0, tuple(layers), options), RunFolder(tmp_path / "run")
     factorise(streamed, plan, svd, run)
     write_checkpoint(streamed, plan, run, tmp_path / "out", "by hand")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moefactor.optimise import EVERY, LONGEST, Soap, falling
+from moefactor.fitting.soap import EVERY, LONGEST, Soap, falling
 
 RATE = 0.02
 
@@ -36,7 +36,7 @@ def orthogonal(size: int) -> Tensor:
 def test_vectors_take_adam_after_a_first_step_that_only_looks(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moefactor.optimise.FLOOR", 0.0)
+    monkeypatch.setattr("moefactor.fitting.soap.FLOOR", 0.0)
     start, wanted = normal(*shape), normal(*shape, seed=1)
 
     def loss(p: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def test_its_state_can_be_put_away() -> None:
 
 
 def test_long_sides_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefactor.optimise.LONGEST", 3)
+    monkeypatch.setattr("moefactor.fitting.soap.LONGEST", 3)
     assert LONGEST >= 4096  # hidden sizes that there are
     parameter = nn.Parameter(normal(5, 4))
     optimiser = Soap([(parameter, RATE)])

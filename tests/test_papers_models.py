@@ -16,7 +16,7 @@ import moefactor
 from models import load, logits, on_disk, read_plan, rebuilt
 from moefactor.checkpoint import INDEX
 from moefactor.experts import ExpertLayer
-from moefactor.runtime.experts import FactorisedExperts
+from moefactor.runtime.module import FactorisedExperts
 from moefactor.streaming import StreamedModel
 from tiny import TINY, build
 

@@ -20,15 +20,15 @@ import moefactor
 from layers import LAYERS, UNUSED, factorised, random_stats, random_weights, routed_tokens, stacked
 from models import IDS, load, logits, on_disk
 from moefactor.calibrate import Calibration, calibrate
-from moefactor.compress import run_stages
-from moefactor.evaluate import window_losses
+from moefactor.evaluation import window_losses
 from moefactor.experts import ExpertWeights
+from moefactor.fitting.stack import Stack
 from moefactor.methods import METHODS, channels
-from moefactor.methods.base import Stack
 from moefactor.methods.reap import best_in_groups, saliency
 from moefactor.plan import Plan
 from moefactor.run_folder import RunFolder
-from moefactor.runtime.experts import FactorisedExperts
+from moefactor.runtime.module import FactorisedExperts
+from moefactor.stages import Recipe, Run
 from moefactor.stats import STATISTICS, LayerStats
 from moefactor.streaming import StreamedModel
 from moefactor.text import load_tokenizer, tokenise
@@ -40,11 +40,10 @@ DROPPED = ["qwen3_moe", "deepseek_v3", "gpt_oss"]
 
 def staged(source: Path, method: str, ratio: float, folder: Path, **options: object) -> tuple[Path, Plan, RunFolder]:
     """A compressed folder with the plan and the run folder behind it."""
-    chosen, run = METHODS[method], RunFolder(folder / "run")
-    plan = run_stages(
-        StreamedModel(str(source)), chosen, chosen.complete(options), ratio, folder / "out", run, text=TEXT,
-    )  # fmt: skip
-    return folder / "out", plan, run
+    run = RunFolder(folder / "run")
+    work = Run(StreamedModel(str(source)), Recipe.of(method, options, ratio=ratio), run)
+    vars(work)["text"] = TEXT
+    return folder / "out", work.all(folder / "out"), run
 
 
 # -- reap ----------------------------------------------------------------------------------------------------------
@@ -448,9 +447,9 @@ def test_experts_of_no_width(kind: str, intercept: bool) -> None:
     stats = random_stats(weights)
     method = METHODS["channels"]
     options = method.complete({"intercept": intercept})
-    offers = method.offers(weights, stats, seed=0, widths="expert", intercept=intercept)
+    offers = method.price(weights, stats, None, seed=0, **options)
     for bought in ([0] * 8, [0, 16, 0, 3, 0, 1, 5, 0]):
-        plan = offers.plan(bought)
+        plan = method.build(offers, bought)
         result = method.factorise(weights, stats, plan, seed=0, **options)
         assert all(torch.isfinite(tensor).all() for tensor in result.tensors.values())
         assert result.parameter_count() == plan.parameter_count()

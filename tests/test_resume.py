@@ -16,7 +16,7 @@ from models import digests
 from moefactor import factorise as factorise_module
 from moefactor.checkpoint import CheckpointWriter
 from moefactor.errors import UserError
-from moefactor.methods import biaxial_mixture
+from moefactor.methods.biaxial import mixtures as biaxial_mixture
 from moefactor.run_folder import RunFolder
 
 # Dies the moment the journal has its second layer, as a power cut would: no exception, no clean-up.

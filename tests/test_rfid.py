@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from layers import factorised, offered, random_stats, random_weights, stacked
+from layers import factorised, priced, random_stats, random_weights, stacked
 from moefactor.allocate import spend
 from moefactor.errors import UserError
 from moefactor.experts import ExpertWeights
@@ -30,9 +30,9 @@ def stats(weights: ExpertWeights) -> LayerStats:
 
 
 def planned(weights: ExpertWeights, stats: LayerStats | None, budget: int, **options: object) -> dict:
-    offers = offered(RFID, weights, stats, RFID.complete({"group_size": GROUP, **options}))
-    (units,) = spend([offers], budget, RFID.allocation)
-    return offers.plan(units).forms
+    offers = priced(RFID, weights, stats, RFID.complete({"group_size": GROUP, **options}))
+    (units,) = spend([offers], budget, RFID.rule)
+    return RFID.build(offers, units).forms
 
 
 def paper(stack: np.ndarray, count: np.ndarray, budget: float, xi: float) -> tuple[list[tuple], np.ndarray]:

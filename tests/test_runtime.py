@@ -16,7 +16,7 @@ import moefactor
 from models import load, logits, on_disk, read_plan
 from moefactor.checkpoint import INDEX
 from moefactor.errors import UserError
-from moefactor.runtime.experts import FactorisedExperts
+from moefactor.runtime.module import FactorisedExperts
 from tiny import TINY, build
 
 

@@ -12,9 +12,9 @@ import torch
 
 from moefactor.calibrate import Calibration, own_share
 from moefactor.errors import UserError
-from moefactor.evaluate import window_losses
+from moefactor.evaluation import window_losses
+from moefactor.loading import load
 from moefactor.methods import METHODS
-from moefactor.runtime.transformers import load
 from moefactor.streaming import FITS, StreamedModel
 from moefactor.text import (
     kept_windows,

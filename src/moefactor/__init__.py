@@ -1,18 +1,46 @@
 """moefactor: smaller Mixture-of-Experts language models by factorised experts.
 
-`import moefactor` is all that plain `from_pretrained` needs to load a compressed checkpoint.
+`import moefactor` is all that plain `from_pretrained` needs to load a compressed checkpoint: transformers gets the
+plug-in when it is imported, before or after. Nothing heavy is imported before it is asked for, so that an engine can
+import `moefactor.forms` with torch alone.
 """
 
 from __future__ import annotations
 
-from .compare import Contender, compare
-from .compress import compress
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .errors import UserError
-from .evaluate import evaluate
-from .export import export_dense
-from .heal import heal
-from .inspect import inspect
-from .methods import METHODS
+from .runtime.hook import register_with_transformers
+
+if TYPE_CHECKING:
+    from .comparison import Contender, compare
+    from .compression import compress
+    from .evaluation import evaluate
+    from .export import export_dense
+    from .healing import heal
+    from .inspection import inspect
+    from .methods import METHODS
 
 __all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate", "export_dense", "heal",
            "inspect"]  # fmt: skip
+
+_HOME = {
+    "METHODS": "methods", "Contender": "comparison", "compare": "comparison", "compress": "compression",
+    "evaluate": "evaluation", "export_dense": "export", "heal": "healing", "inspect": "inspection",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -1,22 +1,61 @@
-"""Spend a budget of parameters over all layers' offers.
+"""Spend a budget of parameters over all layers.
 
-An offer is one thing that can be bought in equal units: a group's rank here, a channel or an expert for other
-methods. Three rules decide what each gets; all meet the budget to within one unit of the smallest offer left.
+Two kinds of choice. *Offers* can be bought in equal units (a group's rank, a channel, an expert): three rules decide
+what each gets, and all meet the budget to within one unit of the smallest offer left. *Tables* have alternatives for a
+whole layer, each with slots of which one candidate is taken: the multiple-choice knapsack. The rule `loss` is that
+knapsack with an offer for a slot, so both are solved by `knapsack`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import NotFinite, UserError, unknown
 from .experts import ExpertLayer
+from .forms import Form, form_from_json
 from .plan import LayerPlan
 
 RULES = ("uniform", "score", "loss")
+# Grouped GEMM wants ranks in multiples of 8; below this hidden size that would be too coarse a step, and the
+# runtime pads activations instead.
+WIDE = 512
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be kept.
+
+    Args:
+        parameters: over all layers, what stays whatever is bought included.
+        ratio: the removed share that they stand for.
+        rule: a name of RULES, or None for the method's own.
+        multiple: ranks and widths come in multiples of this; None for 8 on wide models, 1 on narrow ones, and 1 where
+            the budget is too small for blocks.
+    """
+
+    parameters: int
+    ratio: float
+    rule: str | None = None
+    multiple: int | None = None
+
+    def block(self, hidden: int) -> int:
+        """The multiple on a model of that hidden size."""
+        return self.multiple or (8 if hidden >= WIDE else 1)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Every layer's plan, and the rise of the loss they are expected to cost, summed over the calibration tokens, or
+    None where the method can't say."""
+
+    layers: list[LayerPlan]
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +86,20 @@ class Offer:
     def cost(self, units: int) -> int:
         return self.unit_cost * units - self.curvature * units * units
 
+    def slot(self, least: int, block: int) -> Slot:
+        """What the rule `loss` chooses from: `least` units and whole blocks more, by what is not gained."""
+        units = torch.arange(least, self.maximum + 1, block, dtype=torch.float64)
+        gained = torch.cat((torch.zeros(1, dtype=torch.float64), self.gains.double().cumsum(0)))
+        return Slot(self.unit_cost * units - self.curvature * units * units, float(gained[-1]) - gained[units.long()])
+
+    def to_json(self) -> dict:
+        return {**vars(self), "gains": None if self.gains is None else self.gains.tolist()}
+
+    @classmethod
+    def from_json(cls, data: dict) -> Offer:
+        gains = data["gains"]
+        return cls(**{**data, "gains": None if gains is None else torch.tensor(gains, dtype=torch.float64)})
+
     def units(self, parameters: float) -> float:
         """The inverse of `cost`."""
         if not self.curvature:
@@ -57,16 +110,70 @@ class Offer:
 
 @dataclass(frozen=True)
 class LayerOffers:
-    """A layer's offers, what it stores whatever is bought, and what a purchase makes of the layer.
+    """What a layer can spend on.
 
-    `equal`: every offer of every layer gets the same number of units, as an ordinary checkpoint demands.
+    Args:
+        fixed: parameters it stores whatever is bought.
+        offers: in the order of the stacks' units (Form.units).
+        forms: each stack as it would be, whatever number of units was bought of it; what is bought is put in.
+        equal: every offer of every layer gets the same number of units, as an ordinary checkpoint demands.
+        notes: what else a method wants to know when units are bought; JSON.
     """
 
     layer: ExpertLayer
     fixed: int
     offers: tuple[Offer, ...]
-    plan: Callable[[list[int]], LayerPlan]
+    forms: dict[str, Form]
     equal: bool = False
+    notes: dict = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        forms = {stack: form.to_json() for stack, form in self.forms.items()}
+        offers = [offer.to_json() for offer in self.offers]
+        return {"fixed": self.fixed, "offers": offers, "forms": forms, "equal": self.equal, "notes": self.notes}
+
+    @classmethod
+    def from_json(cls, layer: ExpertLayer, data: dict) -> LayerOffers:
+        forms = {
+            stack: form_from_json(
+                form, experts=layer.experts, width=layer.stack_width(stack), hidden=layer.hidden,
+                where=f"{layer.name} {stack}",
+            )
+            for stack, form in data["forms"].items()
+        }  # fmt: skip
+        offers = tuple(Offer.from_json(offer) for offer in data["offers"])
+        return cls(layer, data["fixed"], offers, forms, data["equal"], data["notes"])
+
+
+def by_stacks(offers: LayerOffers, units: Sequence[int]) -> LayerPlan:
+    """The plan of a layer whose stacks take their units one after the other."""
+    left, forms = list(units), {}
+    for stack, form in offers.forms.items():
+        count = len(form.units())
+        forms[stack] = form.with_units(left[:count]) if count else form
+        del left[:count]
+    return LayerPlan(offers.layer, forms)
+
+
+def plan_offers(
+    priced: list[LayerOffers], budget: Budget, *, own_rule: str,
+    build: Callable[[LayerOffers, Sequence[int]], LayerPlan] = by_stacks,
+) -> Planned:  # fmt: skip
+    """The plan of methods that make offers; `build` puts what was bought of one layer together."""
+    rule = budget.rule or own_rule
+    if rule not in RULES:
+        raise unknown("allocation", rule, RULES)
+    blocks = any(offer.in_blocks for layer in priced for offer in layer.offers)
+    if budget.multiple and not blocks:
+        raise UserError("--rank-multiple: what this method buys (bases, experts) comes one by one; leave it out.")
+    multiple = budget.block(priced[0].layer.hidden)
+    try:
+        bought = spend(priced, budget.parameters, rule, multiple=multiple)
+    except TooSmall:
+        if budget.multiple or multiple == 1:
+            raise
+        bought = spend(priced, budget.parameters, rule, multiple=1)
+    return Planned([build(offers, units) for offers, units in zip(priced, bought, strict=True)])
 
 
 def water_fill(weights: Tensor, low: Tensor, high: Tensor, budget: float) -> Tensor:
@@ -104,16 +211,14 @@ def spend(layers: list[LayerOffers], budget: int, rule: str, *, multiple: int = 
     block = [min(multiple, o.maximum) if o.in_blocks else 1 for o in offers]
     low = [max(o.minimum, b) if o.minimum else 0 for o, b in zip(offers, block, strict=True)]
     if _total(offers, low) > available:
-        if multiple > 1:
-            return spend(layers, budget, rule, multiple=1)
-        _refuse(layers)
+        raise _too_small(layers, multiple)
     if layers[0].equal:
         least = max(low)
         most = min(o.maximum for o in offers)
         steps = [*range(least, most, block[0]), most]
         fitting = [n for n in steps if _total(offers, [n] * len(offers)) <= available]
         if not fitting:
-            _refuse(layers)
+            raise _too_small(layers, multiple)
         units = [fitting[-1]] * len(offers)
     elif rule == "loss":
         if any(offer.gains is None for offer in offers):
@@ -131,17 +236,22 @@ def _total(offers: list[Offer], units: list[int]) -> int:
     return sum(offer.cost(n) for offer, n in zip(offers, units, strict=True))
 
 
-def _refuse(layers: list[LayerOffers]) -> None:
+class TooSmall(UserError):
+    """The budget can't hold even the smallest purchase."""
+
+
+def _too_small(layers: list[LayerOffers], multiple: int) -> TooSmall:
     total = sum(layer.layer.parameter_count for layer in layers)
     least = sum(layer.fixed + sum(o.cost(o.minimum) for o in layer.offers) for layer in layers)
     if least >= total:
-        raise UserError(
+        return TooSmall(
             f"No ratio can be reached: the parts that stay as they are take {least / total:.1%} of the experts' "
             "parameters. Give mobe and slbf a smaller --rank, d2moe --base-pruning, or take another method."
         )
     reach = int((1 - least / total) * 1000) / 1000
-    raise UserError(
-        "This ratio can't be reached: what stays as it is "
+    blocks = f" in multiples of {multiple} (--rank-multiple)" if multiple > 1 else ""
+    return TooSmall(
+        f"This ratio can't be reached{blocks}: what stays as it is "
         f"(fixed parts and the smallest ranks) already takes {least / total:.1%} of the experts' parameters. "
         f"The highest ratio with these projections and options is {reach:.3f}; compress more projections "
         "(--projections gate,up,down) or ask for less."
@@ -200,24 +310,10 @@ def _to_blocks(offers: list[Offer], wanted: list[float], low: list[int], block: 
 
 
 def _by_loss(offers: list[Offer], low: list[int], block: list[int], available: int) -> list[int]:
-    units = list(low)
-    left = available - _total(offers, units)
-    values, owner = [], []
-    for index, (offer, least, size) in enumerate(zip(offers, low, block, strict=True)):
-        blocks = offer.gains[least:].double().split(size)
-        whole = [b.mean() / offer.unit_cost for b in blocks if len(b) == size]
-        if whole:
-            values.append(torch.stack(whole))
-            owner.append(torch.full((len(whole),), index))
-    if not values:
-        return units
-    # Gains fall within an offer, so the best blocks overall are a prefix of every offer.
-    for index in torch.cat(owner)[torch.cat(values).argsort(descending=True, stable=True)].tolist():
-        price = block[index] * offers[index].unit_cost
-        if price <= left:
-            units[index] += block[index]
-            left -= price
-    return units
+    slots = [offer.slot(least, size) for offer, least, size in zip(offers, low, block, strict=True)]
+    # The minima fit, so there is an answer.
+    ((_, chosen),) = knapsack([[Alternative(0.0, slots)]], available)
+    return [least + size * index for least, size, index in zip(low, block, chosen, strict=True)]
 
 
 def _split(units: list[int], layers: list[LayerOffers]) -> list[list[int]]:
@@ -226,3 +322,131 @@ def _split(units: list[int], layers: list[LayerOffers]) -> list[list[int]]:
         parts.append(units[start : start + len(layer.offers)])
         start += len(layer.offers)
     return parts
+
+
+# -- the multiple-choice knapsack --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Something of which exactly one candidate is taken: (n,) parameters and losses, float64."""
+
+    costs: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to do a layer: what it costs the loss by itself, and its slots."""
+
+    loss: float
+    slots: list[Slot]
+
+
+Choice = tuple[int, list[int]]  # an alternative of a layer, and a candidate of each of its slots
+
+
+def knapsack(tables: list[list[Alternative]], budget: int) -> list[Choice] | None:
+    """For each table (a layer) the alternative and the candidates of least loss in all whose parameters fit the budget;
+    None where none do.
+
+    A price of a parameter (a Lagrange multiplier) decides every slot alone; bisection finds the price at which the
+    budget is met, and what remains is spent on the candidates that gain most for a parameter.
+    """
+    flat = _Flat(tables)
+    choices = flat.within(budget)
+    if choices is None:
+        return None
+    slots = [slot for (a, _), table in zip(choices, tables, strict=True) for slot in table[a].slots]
+    chosen = [index for _, indices in choices for index in indices]
+    left = budget - sum(int(slot.costs[index]) for slot, index in zip(slots, chosen, strict=True))
+    better = iter(improve(slots, chosen, left))
+    return [(a, [next(better) for _ in indices]) for a, indices in choices]
+
+
+def improve(slots: list[Slot], chosen: list[int], left: int) -> list[int]:
+    """Spends `left` parameters on dearer candidates, those that gain most for a parameter first; what gains nothing
+    comes last, but comes."""
+    chosen = list(chosen)
+
+    def best(number: int) -> tuple[float, int, int] | None:
+        slot, now = slots[number], chosen[number]
+        more, gain = slot.costs - slot.costs[now], slot.losses[now] - slot.losses
+        fitting = ((more > 0) & (more <= left) & (gain >= 0)).nonzero().flatten()
+        if not len(fitting):
+            return None
+        density = gain[fitting] / more[fitting]
+        first = int(density.argmax())
+        return -float(density[first]), number, int(fitting[first])
+
+    queue = [entry for entry in map(best, range(len(slots))) if entry is not None]
+    heapq.heapify(queue)
+    while queue:
+        _, number, index = heapq.heappop(queue)
+        price = int(slots[number].costs[index] - slots[number].costs[chosen[number]])
+        if price <= left:
+            left -= price
+            chosen[number] = index
+        entry = best(number)  # the next one, or one that fits in what is left
+        if entry is not None:
+            heapq.heappush(queue, entry)
+    return chosen
+
+
+class _Flat:
+    """All candidates of all tables one behind the other, so that a price is tried in a few products."""
+
+    def __init__(self, tables: list[list[Alternative]]):
+        alternatives = [alternative for table in tables for alternative in table]
+        slots = [slot for alternative in alternatives for slot in alternative.slots]
+        self.tables = [len(table) for table in tables]
+        self.slots = [len(alternative.slots) for alternative in alternatives]
+        self.costs = torch.cat([slot.costs for slot in slots]).double()
+        self.losses = torch.cat([slot.losses for slot in slots]).double()
+        self.alone = torch.tensor([alternative.loss for alternative in alternatives], dtype=torch.float64)
+        if not (self.losses.isfinite().all() and self.alone.isfinite().all()):
+            raise NotFinite("the estimated loss of what could be bought")
+        self.sizes = torch.tensor([len(slot.costs) for slot in slots])
+        self.starts = self.sizes.cumsum(0) - self.sizes
+        self.of_slot = torch.arange(len(slots)).repeat_interleave(self.sizes)
+        self.of_alternative = torch.arange(len(alternatives)).repeat_interleave(torch.tensor(self.slots))
+
+    def within(self, budget: int) -> list[Choice] | None:
+        """The choices at the least price of a parameter that meets the budget."""
+        low, high = 0.0, max(float(self.losses.clamp(min=0).sum() + self.alone.sum()), 1e-30)
+        choices, cost = self.at(low)
+        if cost <= budget:
+            return choices
+        choices, cost = self.at(high)  # all of the loss for one parameter: everything goes
+        if cost > budget:
+            return None
+        for _ in range(100):
+            middle = math.sqrt(low * high) if low > 0 else high * 1e-12
+            found, cost = self.at(middle)
+            if cost > budget:
+                low = middle
+            else:
+                high, choices = middle, found
+            if low > 0 and high / low < 1 + 1e-9:
+                break
+        return choices
+
+    def at(self, price: float) -> tuple[list[Choice], int]:
+        """The choices of least loss + price · parameters, and their parameters."""
+        values = self.losses + price * self.costs
+        least = torch.full((len(self.sizes),), math.inf, dtype=torch.float64)
+        least.scatter_reduce_(0, self.of_slot, values, "amin")
+        places = torch.arange(len(values)).masked_fill(values != least[self.of_slot], len(values))
+        index = torch.full((len(self.sizes),), len(values)).scatter_reduce_(0, self.of_slot, places, "amin")
+        totals = self.alone.index_add(0, self.of_alternative, least)
+        choices, cost, first, first_slot = [], 0, 0, 0
+        costs, local = self.costs[index], (index - self.starts).tolist()
+        for count in self.tables:
+            chosen = int(totals[first : first + count].argmin())
+            start = first_slot + sum(self.slots[first : first + chosen])
+            end = start + self.slots[first + chosen]
+            choices.append((chosen, local[start:end]))
+            cost += int(costs[start:end].sum())
+            first_slot += sum(self.slots[first : first + count])
+            first += count
+        return choices, cost

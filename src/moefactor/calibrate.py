@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import UserError, unknown
-from .experts import ExpertLayer, ExpertWeights
+from .files import digest_of
+from .identity import CALIBRATION, maths_version
+from .loading import load
 from .methods import Method
+from .observing import observe, observe_gradients
 from .progress import Progress, Steps, silent
 from .run_folder import RunFolder
-from .runtime.transformers import load
-from .stats import GRADIENTS, STATISTICS, LayerStats
-from .streaming import Activations, StreamedModel, Tick
+from .stats import GRADIENTS, STATISTICS
+from .streaming import StreamedModel
 from .text import (
     OWN,
     kept_windows,
@@ -126,110 +128,139 @@ def _hindrance(model: StreamedModel) -> str | None:
     return None
 
 
-def observe(
-    model: StreamedModel, decoder_layer: str, activations: Activations, needs: Iterable[str], *, keep: bool,
-    tick: Tick,
-) -> LayerStats | None:  # fmt: skip
-    """Runs a loaded decoder layer and returns what its experts saw (None for a dense layer)."""
-    layer = model.experts_of(decoder_layer)
-    if layer is None:
-        model.run(decoder_layer, activations, keep=keep, tick=tick)
-        return None
-    stats = LayerStats.zeros(layer, needs, model.device)
-    module = model.model.get_submodule(layer.name)
-    module.observer = stats.add
-    try:
-        model.run(decoder_layer, activations, keep=keep, tick=tick)
-    finally:
-        del module.observer
-    return stats
-
-
 def calibrate(
     model: StreamedModel, run: RunFolder, calibration: Calibration, needs: Iterable[str], *, progress: Progress = silent
 ) -> None:
     """Writes the dense model's statistics of every expert layer into the run folder.
 
-    A finished calibration of the same text that has these statistics (or more) is left as it is. Gradient statistics
-    take the model through a backward pass as well, one layer at a time: every layer's inputs wait on disk meanwhile.
+    A finished calibration of the same text that has these statistics (or more) is left as it is; an unfinished one
+    goes on at the decoder layer where it stopped. Gradient statistics take the model through a backward pass as well,
+    one layer at a time: every layer's inputs wait on disk meanwhile.
     """
     for name in needs:
         if name not in STATISTICS:
             raise unknown("statistic", name, STATISTICS)
     needs = set(needs) | {"routing"}
-    description = {**calibration.description, "statistics": sorted(needs)}
-    earlier = run.calibration()
-    if earlier == {**description, "statistics": earlier and earlier["statistics"]} and needs <= {
-        *earlier["statistics"]
-    }:
-        return
-    batches = calibration.batches
-    if "fisher" in needs:  # each sequence's gradient is squared on its own
-        batches = [row for batch in batches for row in batch.split(1)]
-    gradients = needs & GRADIENTS
-    last = model.experts[-1].decoder_layer
-    layers = model.decoder_layers
-    if not gradients:
-        layers = layers[: layers.index(last) + 1]
-    places = {layer.decoder_layer: index for index, layer in enumerate(model.experts)}
-    steps = Steps(progress, STAGE, len(layers) * len(batches) * (2 if gradients else 1))
-    run.forget_calibration()
-    activations = model.embed(batches)
-    for number, decoder_layer in enumerate(layers):
-        if gradients:
-            run.write_activations(number, activations.states)
-        keep = bool(gradients) or decoder_layer != last
-        with model.loaded(decoder_layer):
-            stats = observe(model, decoder_layer, activations, needs - gradients, keep=keep, tick=steps.tick)
-        if stats is not None:
-            run.write_stats(places[decoder_layer], stats)
-        steps.detail = decoder_layer
-    if gradients:
-        _calibrate_backward(model, run, batches, activations, gradients, places, steps)
-        run.drop_activations()
-    run.write_calibration(description)
-
-
-def _calibrate_backward(
-    model: StreamedModel, run: RunFolder, batches: list[Tensor], activations: Activations, needs: set[str],
-    places: dict[str, int], steps: Steps,
-) -> None:  # fmt: skip
-    """Adds the gradient statistics, from the last decoder layer down to the first that has experts."""
-    flowing = model.loss_gradients(batches, activations)
-    first = model.experts[0].decoder_layer
-    for number in reversed(range(len(model.decoder_layers))):
-        decoder_layer = model.decoder_layers[number]
-        activations.states = run.activations(number, model.device)
-        layer = model.experts_of(decoder_layer)
-        steps.detail = f"{decoder_layer}, backward"
-        with model.loaded(decoder_layer):
-            if layer is None:
-                model.backward(decoder_layer, activations, flowing, steps.tick)
-                continue
-            stats = LayerStats.zeros(layer, needs, model.device)
-            module = model.model.get_submodule(layer.name)
-            if needs & {"output_gradient", "first_gradient"}:
-                module.gradient_observer = stats
-            if "fisher" in needs:
-                module.requires_grad_(True)
-
-            def after_batch(layer: ExpertLayer = layer, module: nn.Module = module, stats: LayerStats = stats) -> None:
-                if "fisher" in needs:
-                    _add_fisher(layer, module, stats)
-                steps.tick()
-
-            model.backward(decoder_layer, activations, flowing, after_batch, keep=decoder_layer != first)
-            vars(module).pop("gradient_observer", None)
-        index = places[decoder_layer]
-        run.write_stats(index, run.stats(index, model.device).with_gradients(stats))
-        if decoder_layer == first:
+    with run.opened(model):
+        about = identity_of(model, run, calibration)
+        if covers(run.calibration(), about, needs):
             return
+        job = _Job(model, run, calibration, needs, {**about, "statistics": sorted(needs)}, progress)
+        job.forward()
+        if job.gradients:
+            job.backward()
+        run.finish_calibration(job.about)
 
 
-def _add_fisher(layer: ExpertLayer, module: nn.Module, stats: LayerStats) -> None:
-    """Adds the square of the gradients that one sequence left on the experts' weights, and clears them."""
-    gradients = {name: p.grad for name, p in module.named_parameters(recurse=False)}
-    canonical = ExpertWeights.from_model_layout(layer, gradients)
-    parts = [canonical.stack(name) for name in layer.projections]
-    stats.fisher += torch.cat(parts, dim=1).float().square()
-    module.zero_grad()
+def identity_of(model: StreamedModel, run: RunFolder, calibration: Calibration) -> dict:
+    """What statistics depend on beside their names."""
+    return {
+        **calibration.description, "source": digest_of(run.source.structure)[:32], "dtype": str(model.dtype),
+        "maths": maths_version(*CALIBRATION),
+    }  # fmt: skip
+
+
+def covers(earlier: dict | None, about: dict, needs: set[str]) -> bool:
+    """Whether a finished calibration is about the same and has these statistics."""
+    return (
+        earlier is not None
+        and {k: v for k, v in earlier.items() if k != "statistics"} == about
+        and needs <= {*earlier["statistics"]}
+    )
+
+
+class _Job:
+    """One calibration: forward through the decoder layers, then backward where gradients are asked for.
+
+    RUN/states holds what enters each decoder layer that is still needed, RUN/calibrating.json how many layers are done
+    in each direction. What is in memory is what is on disk, so a killed run goes on with the same numbers.
+    """
+
+    def __init__(
+        self, model: StreamedModel, run: RunFolder, calibration: Calibration, needs: set[str], about: dict,
+        progress: Progress,
+    ):  # fmt: skip
+        self.model, self.run, self.about = model, run, about
+        self.gradients, self.forwards = needs & GRADIENTS, needs - GRADIENTS
+        self.batches = calibration.batches
+        if "fisher" in needs:  # each sequence's gradient is squared on its own
+            self.batches = [row for batch in self.batches for row in batch.split(1)]
+        self.first, self.last = model.experts[0].decoder_layer, model.experts[-1].decoder_layer
+        self.layers = model.decoder_layers
+        if not self.gradients:
+            self.layers = self.layers[: self.layers.index(self.last) + 1]
+        self.places = {layer.decoder_layer: index for index, layer in enumerate(model.experts)}
+        self.done = run.calibrating(about)
+        if not self.done:
+            run.forget_calibration()
+            self.done = {"about": about, "forward": 0, "backward": 0}
+        total = len(self.layers) * len(self.batches) * (2 if self.gradients else 1)
+        self.steps = Steps(progress, STAGE, total)
+        self.steps.skip((self.done["forward"] + self.done["backward"]) * len(self.batches))
+        self.activations = model.embed(self.batches)
+
+    def forward(self) -> None:
+        resumed = self.done["forward"]
+        for number in range(resumed, len(self.layers)):
+            decoder_layer = self.layers[number]
+            self.steps.detail = decoder_layer
+            if number and number == resumed:
+                self.activations.states = self.run.states(_entering(number), self.model.device)
+            elif number == 0 and self.gradients:
+                self.run.write_states(_entering(0), self.activations.states)
+            keep = bool(self.gradients) or decoder_layer != self.last
+            with self.model.loaded(decoder_layer):
+                stats = observe(
+                    self.model, decoder_layer, self.activations, self.forwards, keep=keep, tick=self.steps.tick
+                )
+            if stats is not None:
+                self.run.write_stats(self.places[decoder_layer], stats)
+            if keep:
+                self.run.write_states(_entering(number + 1), self.activations.states)
+            self._note("forward", number + 1)
+            if not self.gradients:
+                self.run.drop_states(_entering(number))
+
+    def backward(self) -> None:
+        """From the last decoder layer down to the first that has experts."""
+        first = self.layers.index(self.first)
+        flowing: list[Tensor] | None = None
+        for number in range(self.done["backward"], len(self.layers) - first):
+            at = len(self.layers) - 1 - number
+            decoder_layer = self.layers[at]
+            self.steps.detail = f"{decoder_layer}, backward"
+            flowing = flowing or self._flowing(at + 1)
+            self.activations.states = self.run.states(_entering(at), self.model.device)
+            with self.model.loaded(decoder_layer):
+                stats = observe_gradients(
+                    self.model, decoder_layer, self.activations, flowing, self.gradients, keep=at > first,
+                    tick=self.steps.tick,
+                )  # fmt: skip
+            if stats is not None:
+                index = self.places[decoder_layer]
+                self.run.write_stats(index, self.run.stats(index, self.model.device).with_gradients(stats))
+            if at > first:
+                self.run.write_states(_leaving(at), flowing)
+            self._note("backward", number + 1)
+            self.run.drop_states(_entering(at + 1))
+            self.run.drop_states(_leaving(at + 1))
+
+    def _flowing(self, number: int) -> list[Tensor]:
+        """The loss gradients at what enters a decoder layer, or at what leaves the last."""
+        if number < len(self.layers):
+            return self.run.states(_leaving(number), self.model.device)
+        self.activations.states = self.run.states(_entering(number), self.model.device)
+        return self.model.loss_gradients(self.batches, self.activations)
+
+    def _note(self, direction: str, done: int) -> None:
+        self.done = {**self.done, direction: done}
+        self.run.write_calibrating(self.done)
+
+
+def _entering(number: int) -> str:
+    return f"{number:05d}"
+
+
+def _leaving(number: int) -> str:
+    """Of the gradient, on its way back."""
+    return f"{number:05d}-gradient"

@@ -7,7 +7,6 @@ arrives as the skeleton has it. What is not an expert is copied as it lies on di
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import UserError
 from .experts import check_finite
+from .files import sync_folder, write_atomically, write_tensors
 from .fp8 import SCALE, Fp8Source, dequantise
 
 WEIGHTS = "model.safetensors"
@@ -131,6 +130,7 @@ class ModelReader:
         self.source = source
         self.dtype = model.dtype  # noted now: parameters that were released remember what they were loaded in
         self.conversions = get_model_conversion_mapping(model, None, source)
+        self.on_read: Callable[[list[str]], None] = lambda names: None  # told the tensors (on disk) of every load
         _return_freed_memory()
 
     @cached_property
@@ -184,6 +184,7 @@ class ModelReader:
                     parameter.data = parameter.data.to(self.dtype)
         self.model._weight_conversions = None  # or a later save would revert only what this part used
         self._check(report, prefix, inside)
+        self.on_read(wanted)
 
     def _check(self, report: object, prefix: str, inside: object) -> None:
         for name, why in report.conversion_errors.items():
@@ -239,53 +240,6 @@ def quiet() -> Iterator[None]:
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes beside the target, syncs, renames: the file is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """A safetensors file, written atomically; returns its SHA-256."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}, partial, metadata={"format": "pt"})
-    partial.chmod(0o666 & ~_umask())  # the library makes it private to the user
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return file_digest(path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in list(file.keys())}
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or truncated ({error}). Remove it and run the stage again.") from None
-
-
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: object) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 class CheckpointWriter:
@@ -382,7 +336,9 @@ class CheckpointWriter:
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_atomically(self.folder / INDEX, json.dumps(index, indent=2).encode())
+        sync_folder(self.folder)
         self.folder.rename(self.output)
+        sync_folder(self.output.parent)
 
     def _next(self) -> str:
         return f"shard-{len(self._shards):05d}.safetensors"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shlex
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -18,27 +19,24 @@ from rich.progress import Progress as RichBar
 from rich.table import Table
 from rich.text import Text as RichText
 
-from . import compress as compress_verb
 from .allocate import RULES
-from .calibrate import Calibration, own_share
-from .calibrate import calibrate as calibrate_verb
 from .checkpoint import refuse_existing
-from .compare import Contender
-from .compare import compare as compare_verb
+from .comparison import Contender
+from .comparison import compare as compare_verb
+from .compression import compress as compress_verb
 from .errors import UserError
-from .evaluate import Evaluation
-from .evaluate import evaluate as evaluate_verb
+from .evaluation import Evaluation
+from .evaluation import evaluate as evaluate_verb
 from .export import export_dense
-from .factorise import factorise as factorise_verb
-from .factorise import write_checkpoint
+from .files import FULL, locked
 from .generate import generate as generate_verb
-from .heal import LABELS, Healing, Trained
-from .heal import heal as heal_verb
-from .inspect import inspect as inspect_verb
-from .methods import METHODS, get
+from .healing import LABELS, Healing, Trained
+from .healing import heal as heal_verb
+from .inspection import inspect as inspect_verb
+from .methods import METHODS, available, get
 from .plan import Plan
-from .planning import make_plan
 from .run_folder import RunFolder
+from .stages import Recipe, Run, planned_recipe
 from .stats import STATISTICS
 from .streaming import StreamedModel, default_device
 
@@ -56,7 +54,7 @@ METHOD_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of the model.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.", show_default=False)]
-Run = Annotated[Path, typer.Option("--run", help="Run folder: statistics, plan and journal.", show_default=False)]
+RunOption = Annotated[Path, typer.Option("--run", help="Run folder: statistics, plan and journal.", show_default=False)]
 MethodName = Annotated[str, typer.Option("--method", "-m", help=f"One of {', '.join(METHODS)}.")]
 Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Fraction of the experts' parameters to remove.")]
 Text = Annotated[
@@ -90,6 +88,7 @@ RankMultiple = Annotated[
 ]
 
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -164,7 +163,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, for its o
     """The compression methods; with a name, that method's options."""
     if name is None:
         table = Table("method", "what it does", "paper")
-        for method in METHODS.values():
+        for method in map(get, available()):
             table.add_row(method.name, method.summary, method.paper)
         console.print(table)
         return
@@ -211,7 +210,7 @@ def compress(
 
 @app.command(context_settings=METHOD_FLAGS)
 def calibrate(
-    context: typer.Context, model: Model, run: Run, method: MethodName = "biaxial", calibration: Text = None,
+    context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", calibration: Text = None,
     own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
     statistics: Annotated[
         str | None,
@@ -219,44 +218,40 @@ def calibrate(
     ] = None,
 ) -> None:  # fmt: skip
     """Stage 1: what each layer's experts see. Writes RUN/stats."""
-    chosen = get(method)
-    options = chosen.complete(method_options(context.args))
-    needs = set(statistics.split(",")) if statistics else chosen.plan_needs(options) | chosen.factorise_needs(options)
-    streamed = StreamedModel(model, device or default_device())
+    recipe = Recipe.of(
+        method, method_options(context.args), calibration=calibration, own_text=own_text, samples=samples,
+        seqlen=seqlen, seed=seed, sequential=False,
+    )  # fmt: skip
+    needs = set(statistics.split(",")) if statistics else recipe.all_statistics
+    if not recipe.reads_text:
+        raise UserError(f"{method} reads no statistics with these options; go on with moefactor plan.")
     with Bars() as bars:
-        folder, own = RunFolder(run), own_share(chosen, streamed, own_text, calibration)
-        text = Calibration.read(
-            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, kept=folder.own_text,
-            progress=bars,
-        )  # fmt: skip
-        calibrate_verb(streamed, folder, text, needs, progress=bars)
+        Run(StreamedModel(model, device or default_device()), recipe, RunFolder(run), bars).calibrate(needs)
     console.print(f"Wrote {run}/stats. Next: moefactor plan {model} --run {run} --method {method}")
 
 
 @app.command(context_settings=METHOD_FLAGS)
 def plan(
-    context: typer.Context, model: Model, run: Run, method: MethodName = "biaxial", ratio: Ratio = 0.4, seed: Seed = 0,
-    allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
+    context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: Ratio = 0.4,
+    seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks, write nothing.")] = False,
 ) -> None:  # fmt: skip
     """Stage 2: which layer and group gets which rank. Writes RUN/plan.json, which you may edit."""
-    chosen = get(method)
-    options = chosen.complete(method_options(context.args))
-    streamed, folder = StreamedModel(model, device or default_device()), RunFolder(run)
+    recipe = Recipe.of(
+        method, method_options(context.args), ratio=ratio, allocation=allocation, rank_multiple=rank_multiple, seed=seed
+    )
     with Bars() as bars:
-        made = make_plan(
-            streamed, chosen, options, ratio, run=folder, allocation=allocation, rank_multiple=rank_multiple,
-            seed=seed, progress=bars,
-        )  # fmt: skip
+        work = Run(StreamedModel(model, device or default_device()), recipe, RunFolder(run), bars)
+        made = work.plan()
     console.print(_plan_table(made))
     if not dry_run:
-        folder.write_plan(made)
-        console.print(f"Wrote {folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
+        work.folder.write_plan(made)
+        console.print(f"Wrote {work.folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
 
 
 @app.command()
 def factorise(
-    model: Model, run: Run, output: Output, calibration: Text = None, own_text: OwnText = None,
+    model: Model, run: RunOption, output: Output, calibration: Text = None, own_text: OwnText = None,
     samples: Samples = 256, seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
     sequential: Sequential = True, device: Device = None,
@@ -264,19 +259,14 @@ def factorise(
     """Stage 3: the factors of every layer, from weights, statistics and RUN/plan.json; then the checkpoint."""
     refuse_existing(output)
     streamed, folder = StreamedModel(model, device or default_device()), RunFolder(run)
-    made = Plan.read(folder.plan, streamed.experts)
-    chosen = get(made.method)
-    made = replace(made, options=chosen.complete(made.options))
-    text = None
-    with Bars() as bars:
-        if sequential and chosen.factorise_needs(made.options):
-            own = own_share(chosen, streamed, own_text, calibration)
-            text = Calibration.read(
-                streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, kept=folder.own_text,
-                progress=bars,
-            )  # fmt: skip
-        factorise_verb(streamed, made, chosen, folder, calibration=text, sequential=sequential, progress=bars)
-    write_checkpoint(streamed, made, folder, output, f"moefactor factorise {model} --run RUN -o {output.name}")
+    recipe, made = planned_recipe(
+        Plan.read(folder.plan, streamed.experts), calibration=calibration, own_text=own_text, samples=samples,
+        seqlen=seqlen, seed=seed, sequential=sequential,
+    )  # fmt: skip
+    with Bars() as bars, locked(output.with_name(f".{output.name}.lock"), str(output)):
+        work = Run(streamed, recipe, folder, bars)
+        work.factorise(made)
+        work.write(made, output, f"moefactor factorise {model} --run RUN -o {output.name}")
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 
@@ -360,7 +350,7 @@ def compare(
     ] = None,
     ratios: Annotated[str, typer.Option(help="Comma-separated.")] = "0.2,0.4,0.6",
     text: Annotated[list[str] | None, typer.Option(help="To measure on; repeat for several.")] = None,
-    calibration: Text = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
+    calibration: Text = None, own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
     window: Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all", min=1)] = None,
     device: Device = None, dtype: Annotated[Dtype, typer.Option(help="To measure in.")] = "auto",
@@ -377,9 +367,9 @@ def compare(
         raise UserError(f"--ratios: expected numbers like 0.2,0.4, found {ratios!r}.") from None
     with Bars() as bars:
         rows = compare_verb(
-            model, contenders, wanted, output, texts=text or [None], calibration=calibration, samples=samples,
-            seqlen=seqlen, seed=seed, window=window, max_windows=max_windows, device=device, dtype=dtype, keep=keep,
-            progress=bars,
+            model, contenders, wanted, output, texts=text or [None], calibration=calibration,
+            own_text=own_text, samples=samples, seqlen=seqlen, seed=seed, window=window, max_windows=max_windows,
+            device=device, dtype=dtype, keep=keep, progress=bars,
         )  # fmt: skip
     console.print(comparison_table(rows))
 
@@ -456,30 +446,12 @@ def _plan_table(made: Plan) -> Table:
     )
     if made.expected_loss is not None:
         title += f", expected to cost {made.expected_loss:.4f} nats a token"
-    table = Table("layer", "stack", "form", "ranks, widths or bases", "kept", title=title, title_justify="left")
+    table = Table("layer", "stack", "form", "kept", title=title, title_justify="left")
     for entry in made.layers:
         for stack, form in entry.forms.items():
-            data = form.to_json()
             original = entry.layer.experts * entry.layer.stack_width(stack) * entry.layer.hidden
-            table.add_row(
-                entry.layer.decoder_layer, stack, data["form"], _ranks(_units(data)),
-                f"{form.parameter_count() / original:.1%}",
-            )  # fmt: skip
+            table.add_row(entry.layer.decoder_layer, stack, form.summary(), f"{form.parameter_count() / original:.1%}")
     return table
-
-
-def _units(form: dict) -> list[int]:
-    """What a stack's budget was spent on, by the form's JSON: ranks, widths, the bases or their rank."""
-    form = form.get("inner") or form.get("delta") or form
-    one = form.get("basis_rank") or form.get("bases") or form.get("rank")
-    return form.get("ranks") or form.get("widths") or ([one] if one else [])
-
-
-def _ranks(ranks: list[int]) -> str:
-    """`24 22 20`, or `21 × 16, 20 × 16` where there are many."""
-    if len(ranks) <= 12:
-        return " ".join(map(str, ranks))
-    return ", ".join(f"{rank} × {ranks.count(rank)}" for rank in sorted(set(ranks), reverse=True))
 
 
 def _short(count: int) -> str:
@@ -508,8 +480,10 @@ def main() -> None:
     warnings.showwarning = show
     try:
         app()
-    except (UserError, FileExistsError, NotADirectoryError, PermissionError, FileNotFoundError) as error:
-        if getattr(_root, "debug", False):
+    except (UserError, OSError) as error:
+        # Of the system's errors, those that no command of ours can do anything about; others are bugs of ours.
+        theirs = isinstance(error, UserError) or error.errno in (*FULL, *REFUSED)
+        if getattr(_root, "debug", False) or not theirs:
             raise
         # Assembled, not marked up: [brackets] in a name are not tags.
         errors.print(RichText.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -16,3 +17,31 @@ def unknown(kind: str, name: str, available: Iterable[str]) -> UserError:
     close = get_close_matches(name, available, n=1, cutoff=0.5)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return UserError(f"Unknown {kind} {name!r}.{guess} Available: {', '.join(available) or 'none'}.")
+
+
+class NotFinite(UserError):
+    """A number that isn't one, NaN or infinity, where a fit or a statistic should be: the run stops and says where.
+
+    Mathematics says what; those who know the layer, the stack or the expert add it with `at`.
+    """
+
+    def __init__(self, what: str, where: str = ""):
+        super().__init__(
+            f"{where + ': ' if where else ''}{what} is not finite (NaN or infinity). If the model "
+            "itself is sound (`moefactor evaluate` tells), its activations may overflow in the dtype it is run in; try "
+            "a calibration text of another kind, or report it."
+        )
+        self.what, self.where = what, where
+
+    def at(self, where: str) -> NotFinite:
+        """The same, found at `where`; what was known of the place before stays behind it."""
+        return self if self.where.startswith(where) else NotFinite(self.what, f"{where} {self.where}".strip())
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Adds `where` to what is not finite inside."""
+    try:
+        yield
+    except NotFinite as error:
+        raise error.at(where) from None

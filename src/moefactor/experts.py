@@ -188,7 +188,7 @@ class CompressedExperts:
 
     def factors(self, stack: str) -> dict[str, Tensor]:
         prefix = stack + "_"
-        names = self.forms[stack].shapes()
+        names = self.forms[stack].tensors()
         return {name: self.tensors[prefix + name] for name in names}
 
     def parameter_count(self) -> int:

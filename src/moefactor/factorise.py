@@ -1,40 +1,29 @@
-"""Stage 3: every layer's factors, from weights, statistics and the plan alone; then the checkpoint."""
+"""Stage 3: every layer's factors, from weights, statistics and the plan alone."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .calibrate import Calibration, observe
-from .checkpoint import CheckpointWriter
-from .errors import UserError
-from .experts import ExpertWeights
-from .methods import Method
-from .methods.base import accepted
-from .methods.refine import LayerTokens
-from .plan import LayerPlan, Plan
+from .calibrate import Calibration
+from .errors import NotFinite, UserError, located
+from .experts import CompressedExperts, ExpertWeights
+from .files import digest_of
+from .fitting.refine import LayerTokens
+from .identity import FACTORS, maths_version
+from .methods import Method, accepted
+from .observing import layer_tokens, observe, standing_in
+from .plan import Plan
 from .progress import Progress, Steps, silent
 from .run_folder import Entry, RunFolder
-from .runtime.experts import FactorisedExperts
-from .runtime.format import checkpoint_config, loader_stub, model_card
 from .stats import GRADIENTS, LayerStats
 from .streaming import Activations, StreamedModel
 
 STAGE = "factorise"
-# Of a layer, that a second look keeps: enough for every expert, and 2 GB at a hidden size of 7168 in bfloat16.
-MOST_TOKENS = 131_072
-# Parameters: layers that run in float32 on a CPU once they are compressed. 16-bit products leave kernels behind for
-# every shape (streaming._multiply), up to a few hundred megabytes, more than the wider copy takes.
-SMALL = 1 << 26
 
 
 def factorise(
@@ -52,42 +41,40 @@ def factorise(
     if needs and sequential and calibration is None:
         raise UserError("Sequential factorising needs the calibration text; give it, or use --no-sequential.")
     live = bool(needs) and sequential
-    gradients = needs & GRADIENTS
-    if live and gradients and gradients - set((run.calibration() or {"statistics": []})["statistics"]):
-        raise UserError(
-            f"{run.folder}: {method.name} reads {', '.join(sorted(gradients))} of the dense model. "
-            f"Run `moefactor calibrate {model.name} --run {run.folder} --method {method.name}` first."
-        )
-    job = _Job(model, plan, method, run, calibration if needs else None, live)
-    if len(job.done) < len(plan.layers):
-        job.run_through(calibration, needs, progress) if live else job.each_alone(needs, progress)
+    with run.opened(model):
+        calibrated = run.calibration() or {"statistics": []}
+        stored = needs & GRADIENTS if live else needs - {"routing"}
+        if stored - {*calibrated["statistics"]}:
+            raise UserError(
+                f"{run.folder}: {method.name} reads {', '.join(sorted(stored))} of the dense model. "
+                f"Run `moefactor calibrate {model.name} --run {run.folder} --method {method.name}` first."
+            )
+        about = {
+            "plan": plan.digest(), "method": plan.method, "sequential": live,
+            "calibration": calibration.description if live else None, "statistics": calibrated if stored else None,
+            "source": digest_of(run.source.structure)[:32], "dtype": str(model.dtype),
+            "stored_dtype": str(model.stored_dtype), "maths": maths_version(*FACTORS),
+        }  # fmt: skip
+        job = _Job(model, plan, method, run, about)
+        if len(job.done) < len(plan.layers):
+            job.run_through(calibration, needs, progress) if live else job.each_alone(needs, progress)
     return job.done
 
 
 class _Job:
     """The journal of one factorisation and the steps that fill it."""
 
-    def __init__(
-        self, model: StreamedModel, plan: Plan, method: Method, run: RunFolder, calibration: Calibration | None,
-        live: bool,
-    ):  # fmt: skip
+    def __init__(self, model: StreamedModel, plan: Plan, method: Method, run: RunFolder, about: dict):
         self.model, self.plan, self.method, self.run = model, plan, method, run
-        # Whatever decides the bytes of a layer; a journal made under another digest is refused.
-        about = calibration and calibration.description
-        self.digest = hashlib.sha256(repr((plan.digest(), about, live)).encode()).hexdigest()
-        self.done = run.journal(self.digest)
+        self.about = about  # whatever decides the bytes of a layer; a journal about something else is refused
+        self.done = run.journal(about)
 
     def each_alone(self, needs: set[str], progress: Progress) -> None:
         """Layers one by one, on the run folder's statistics."""
         steps = Steps(progress, STAGE, len(self.plan.layers))
         for index, layer_plan in enumerate(self.plan.layers):
             if index not in self.done:
-                stats = self.run.stats(index, self.model.device)
-                if needs and (stats is None or needs - stats.tensors().keys() - {"routing"}):
-                    raise UserError(
-                        f"{self.run.folder}: {self.method.name} reads {', '.join(sorted(needs))} of every layer; run "
-                        f"calibrate with --method {self.method.name}, or factorise sequentially."
-                    )
+                stats = self.run.stats(index, self.model.device) if needs else None
                 steps.detail = self.finish(index, self.model.expert_weights(layer_plan.layer), stats)
             steps.tick()
 
@@ -108,7 +95,10 @@ class _Job:
                     steps.skip(len(batches))
                 if index == last:
                     return
-                with self.factorised(index):
+                if index is None:
+                    self.model.run(decoder_layer, activations, tick=steps.tick)
+                    continue
+                with standing_in(self.model, self.plan.layers[index], self.run.layer(index)):
                     self.model.run(decoder_layer, activations, tick=steps.tick)
 
     def observe_and_finish(self, index: int, activations: Activations, needs: set[str], steps: Steps) -> str:
@@ -121,44 +111,8 @@ class _Job:
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
         look = None
         if self.method.refit is not None:
-            look = partial(self.tokens, index, module, weights, activations)
+            look = partial(layer_tokens, self.model, self.plan.layers[index], weights, activations)
         return self.finish(index, weights, stats, look)
-
-    def tokens(
-        self, index: int, module: nn.Module, weights: ExpertWeights, activations: Activations
-    ) -> LayerTokens:  # fmt: skip
-        """Runs the dense layer once more and notes what its experts are given."""
-        calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        every = sum(state.shape[0] * state.shape[1] for state in activations.states)
-        step = -(-every // MOST_TOKENS)
-
-        def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            given = [*args, *kwargs.values()][:3]
-            calls.append(tuple(part.detach()[::step].clone() for part in given))
-
-        handle = module.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            self.model.run(weights.layer.decoder_layer, activations, keep=False)
-        finally:
-            handle.remove()
-        experts = FactorisedExperts.replacing(module, self.plan.layers[index])
-
-        def expert(number: int, x: Tensor) -> Tensor:
-            parts = [p[number].to(x) for p in (weights.gate, weights.up) if p is not None]
-            before = x @ torch.cat(parts).T
-            if weights.layer.biased:
-                before = before + weights.biases()["first_bias"][number]
-            return experts._activate(before) @ weights.down[number].to(x).T
-
-        def compressed(tensors: dict[str, Tensor]) -> nn.Module:
-            built = FactorisedExperts.replacing(module, self.plan.layers[index])
-            copies = {k: v.to(self.model.device, torch.float32, copy=True) if v.is_floating_point() else v
-                      for k, v in tensors.items()}  # fmt: skip
-            built.load_state_dict(copies, assign=True, strict=False)
-            return built
-
-        inputs, chosen, weight = (torch.cat(parts) for parts in zip(*calls, strict=True))
-        return LayerTokens(weights.layer, inputs, chosen, weight, module, expert, experts._activate, compressed)
 
     def finish(
         self, index: int, weights: ExpertWeights, stats: LayerStats | None,
@@ -166,53 +120,48 @@ class _Job:
     ) -> str:  # fmt: skip
         """Factorises one layer, writes it, enters it in the journal; returns a line for the progress bar."""
         started = time.perf_counter()
-        layer_plan = self.plan.layers[index]
-        options = accepted(self.method.factorise, self.plan.options)
-        compressed = self.method.factorise(weights, stats, layer_plan, seed=self.plan.seed + index, **options)
-        if look is not None:
-            options = accepted(self.method.refit, self.plan.options)
-            compressed = self.method.refit(
-                weights, stats, compressed, look(), layer_plan, seed=self.plan.seed + index, **options
-            )
-        dtype, prefix = self.model.stored_dtype, layer_plan.layer.name
-        sha256 = self.run.write_layer(index, _named(prefix, compressed.tensors, dtype))
+        layer_plan, seed = self.plan.layers[index], self.plan.seed + index
+        name = layer_plan.layer.name
+        with located(name):
+            options = accepted(self.method.factorise, self.plan.options)
+            compressed = self.method.factorise(weights, stats, layer_plan, seed=seed, **options)
+            check_factors(compressed)
+            if look is not None:
+                options = accepted(self.method.refit, self.plan.options)
+                compressed = self.method.refit(weights, stats, compressed, look(), layer_plan, seed=seed, **options)
+                check_factors(compressed)
+        sha256 = self.run.write_layer(index, named(name, compressed.tensors, self.model.stored_dtype))
         seconds = round(time.perf_counter() - started, 3)
         curves = {stack: _thinned(curve) for stack, curve in compressed.curves.items()}
         self.done[index] = Entry(sha256, compressed.errors, seconds, curves)
-        self.run.enter(self.digest, self.done)
+        self.run.enter(self.about, self.done)
         error = max(compressed.errors.values(), default=0.0)
         return f"{layer_plan.layer.decoder_layer}, relative error {error:.3f}"
 
-    @contextmanager
-    def factorised(self, index: int | None) -> Iterator[None]:
-        """The loaded layer with its experts as written; a dense layer as it is."""
-        if index is None:
-            yield
-            return
-        layer_plan: LayerPlan = self.plan.layers[index]
-        parent_name, _, leaf = layer_plan.layer.name.rpartition(".")
-        parent = self.model.model.get_submodule(parent_name)
-        original = getattr(parent, leaf)
-        experts = FactorisedExperts.replacing(original, layer_plan)
-        prefix = layer_plan.layer.name + "."
-        dtype = self.model.dtype  # what is run in need not be what is stored in
-        if self.model.device.type == "cpu" and layer_plan.layer.parameter_count <= SMALL:
-            dtype = torch.float32
-        tensors = {
-            k.removeprefix(prefix): v.to(self.model.device, dtype if v.is_floating_point() else None)
-            for k, v in self.run.layer(index).items()
-        }
-        experts.load_state_dict(tensors, assign=True, strict=False)
-        setattr(parent, leaf, experts)
-        try:
-            yield
-        finally:
-            setattr(parent, leaf, original)
+
+def check_factors(compressed: CompressedExperts) -> None:
+    """Raises NotFinite naming the stack and the first expert of factors that hold a NaN or an infinity."""
+    for name, tensor in compressed.tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel() or torch.stack(tensor.aminmax()).isfinite().all():
+            continue
+        for stack, form in compressed.forms.items():
+            factors = compressed.factors(stack)
+            for expert in range(form.experts):
+                if not form.dense(factors, expert).isfinite().all():
+                    raise NotFinite(f"expert {expert}", stack)
+        raise NotFinite(name)
 
 
-def _named(prefix: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors under their names in the checkpoint, rounded to its dtype; indices stay whole numbers."""
-    return {f"{prefix}.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+def named(prefix: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors under their names in the checkpoint, rounded to its dtype; indices stay whole numbers.
+
+    Raises NotFinite where a number is too large for that dtype.
+    """
+    stored = {f"{prefix}.{k}": v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise NotFinite(f"{name} rounded to {str(dtype).removeprefix('torch.')}")
+    return stored
 
 
 def _thinned(curve: list[float], points: int = 200) -> list[float]:
@@ -220,78 +169,3 @@ def _thinned(curve: list[float], points: int = 200) -> list[float]:
     if len(curve) <= points:
         return curve
     return [curve[round(i * (len(curve) - 1) / (points - 1))] for i in range(points)]
-
-
-def write_checkpoint(model: StreamedModel, plan: Plan, run: RunFolder, output: Path, command: str) -> None:
-    """Puts the journal's layers and the rest of the model together; the output appears whole or not at all.
-
-    A plan whose result is an ordinary, smaller MoE (experts dropped, or all cut to one width) is written as one.
-    """
-    prefixes = tuple(layer.name + "." for layer in model.experts)
-    rest = [name for name, target in model.reader.targets.items() if not target.startswith(prefixes)]
-    standard = plan.standard()
-    with CheckpointWriter(output) as writer:
-        for index, entry in enumerate(plan.layers):
-            if standard:
-                writer.add(model.reader.disk_layout(_standard_layer(entry, run.layer(index))))
-            else:
-                writer.adopt(run.layer_file(index))
-        cuts = _router_cuts(model, plan) if standard else {}
-
-        def change(name: str, tensor: Tensor) -> Tensor:
-            if name not in cuts:
-                return tensor
-            rows = list(cuts[name])
-            return tensor[:, rows] if len(tensor) == 1 else tensor[rows]  # ernie's correction is (1, E)
-
-        writer.copy_plain(model.reader.checkpoint, rest, source=model.reader.source, change=change)
-        writer.companions(model.folder)
-        writer.text("config.json", checkpoint_config(model.folder, plan, model.config.model_type))
-        writer.text("plan.json", plan.dumps())
-        writer.text("compression.json", json.dumps(run.report(), indent=1) + "\n")
-        if not standard:
-            for name, content in loader_stub().items():
-                writer.text(name, content)
-        writer.text("README.md", model_card(plan, command))
-
-
-def _standard_layer(entry: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One layer's experts under the model's own names, as few and as narrow as they are now."""
-    experts, width = entry.standard()
-    layer = replace(entry.layer, experts=experts, intermediate=width)
-    prefix = layer.name + "."
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    first = tensors[f"{layer.first_stack}_weight"].view(experts, -1, layer.hidden)
-    gate, up = first.chunk(2, dim=1) if layer.gated else (None, first)
-    biases = {}
-    if layer.biased:
-        halves = tensors["first_bias"].view(experts, -1, entry.layer.intermediate)[:, :, :width]
-        biases["up_bias"], biases["down_bias"] = halves[:, -1], tensors["down_bias"]
-        biases["gate_bias"] = halves[:, 0] if layer.gated else None
-    down = tensors["down_weight"].view(experts, width, layer.hidden).transpose(1, 2)
-    weights = ExpertWeights(layer, gate=gate, up=up, down=down, **biases)
-    return {prefix + name: tensor for name, tensor in weights.to_model_layout().items()}
-
-
-def _router_cuts(model: StreamedModel, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Name on disk -> rows that stay, for every router tensor of a layer that loses experts.
-
-    A router tensor is one beside the experts, not a shared expert's, with a row (or entry) for each expert.
-    """
-    state, cuts = model.model.state_dict(), {}
-    for entry in plan.layers:
-        if entry.kept is None:
-            continue
-        block = entry.layer.name.rpartition(".")[0] + "."
-        found = {
-            name: entry.kept
-            for name, target in model.reader.targets.items()
-            if target.startswith(block)
-            and not target.startswith(entry.layer.name + ".")
-            and "shared" not in target.removeprefix(block)
-            and (state[target].shape[:1] == (entry.layer.experts,) or state[target].numel() == entry.layer.experts)
-        }
-        if not found:
-            raise UserError(f"{block[:-1]}: no router found beside the experts, so none can be dropped here.")
-        cuts |= found
-    return cuts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .checkpoint import resolve
-from .runtime.transformers import load
+from .loading import load
 from .streaming import checked_device
 from .text import load_tokenizer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .experts import ExpertLayer
-from .forms import Dense, Form, Ragged, form_from_json
+from .forms import Form, form_from_json
 
 FORMAT_VERSION = 1
 
@@ -46,9 +46,10 @@ class LayerPlan:
 
     def standard(self) -> tuple[int, int] | None:
         """(experts, width) when an ordinary MoE of that shape holds the result: fewer experts, or narrower ones."""
-        if self.intercept or not all(isinstance(form, Dense | Ragged) for form in self.forms.values()):
+        ordinary = [form.ordinary_widths() for form in self.forms.values()]
+        if self.intercept or None in ordinary:
             return None
-        widths = {w for form in self.forms.values() if isinstance(form, Ragged) for w in form.widths}
+        widths = frozenset[int]().union(*ordinary)
         if len(widths) > 1 or 0 in widths or (self.layer.fixed_width and widths - {self.layer.intermediate}):
             return None
         return self.remaining.experts, *(widths or {self.layer.intermediate})
@@ -78,7 +79,7 @@ class LayerPlan:
             choices = " or ".join("{" + ", ".join(sorted(names)) + "}" for names in allowed)
             raise UserError(f"{layer.name}: the plan has stacks {sorted(stacks)}, expected {choices}.")
         kept, intercept = data.get("kept"), data.get("intercept", [])
-        if not all(isinstance(ids, list | None) for ids in (kept, intercept)):
+        if not all(_whole_numbers(ids) for ids in (kept, intercept) if ids is not None):
             raise UserError(f"{layer.name}: 'kept' and 'intercept' must be lists of experts.")
         intercept = tuple(intercept or ())
         for field_name, ids in (("kept", kept), ("intercept", intercept)):
@@ -103,6 +104,10 @@ class LayerPlan:
         if kept is not None and entry.standard() is None:
             raise UserError(f"{layer.name}: experts can only be dropped ('kept') where the others stay dense.")
         return entry
+
+
+def _whole_numbers(ids: object) -> bool:
+    return isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
 
 
 @dataclass(frozen=True)
@@ -166,18 +171,17 @@ class Plan:
         text = json.dumps(self.to_json(), indent=1)
         return re.sub(r"\[[-\d\s,.e]*\]", lambda m: " ".join(m.group().split()), text) + "\n"
 
-    def write(self, path: Path) -> None:
-        path.write_text(self.dumps())
-
     @classmethod
     def read(cls, path: Path, layers: list[ExpertLayer]) -> Plan:
         """Reads and checks a plan against the model's layers; raises UserError naming the field that is wrong."""
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{path}: no plan there. Run `moefactor plan` first.") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}.") from None
+        except (UnicodeDecodeError, RecursionError):
+            raise UserError(f"{path}: not a plan: it holds no readable JSON.") from None
         if not isinstance(data, dict):
             raise UserError(f"{path}: not a plan: expected a JSON object.")
         if data.get("format_version") != FORMAT_VERSION:

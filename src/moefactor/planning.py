@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from .allocate import RULES, LayerOffers, spend
-from .errors import UserError, unknown
-from .experts import ExpertWeights
-from .methods import Method
-from .methods.base import accepted
+from .allocate import RULES, Budget
+from .errors import UserError, located, unknown
+from .files import digest_of
+from .identity import FACTORS, maths_version
+from .methods import Method, accepted
 from .plan import Plan
 from .progress import Progress, Steps, silent
 from .run_folder import RunFolder
-from .stats import LayerStats
 from .streaming import StreamedModel
 
-# Grouped GEMM wants ranks in multiples of 8; below this hidden size that would be too coarse a step, and the
-# runtime pads activations instead.
-WIDE = 512
+STAGE = "plan"
 
 
 def make_plan(
@@ -26,61 +21,59 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Reads each layer's weights once (and its statistics, where the method plans by them) and spends the budget.
 
+    What a layer can spend on is kept in the run folder until the plan is written, so that a killed run goes on with
+    the next layer.
+
     Args:
         options: complete, see Method.complete.
         ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
         allocation: a rule of allocate.RULES, or None for the method's own.
-        rank_multiple: ranks come in multiples of this; None for 8 on wide models and 1 on narrow ones.
+        rank_multiple: ranks and widths come in multiples of this; None for 8 on wide models and 1 on narrow ones.
     """
+    budget = budget_of(model, ratio, allocation, rank_multiple)
+    needs = method.needs_to_plan(options, allocation)
+    with run.opened(model):
+        calibration = run.calibration()
+        if needs and (calibration is None or not needs <= {*calibration["statistics"], "routing"}):
+            raise UserError(
+                f"{run.folder}: {method.name} plans by {', '.join(sorted(needs))}, which is not calibrated there. "
+                f"Run `moefactor calibrate {model.name} --run {run.folder} --method {method.name}` first."
+            )
+        about = digest_of({
+            "calibration": calibration if needs else None, "method": method.name, "options": options, "seed": seed,
+            "budget": vars(budget), "source": run.source.structure, "maths": maths_version(*FACTORS),
+        })  # fmt: skip
+        steps = Steps(progress, STAGE, len(model.experts))
+        priced = []
+        for index, layer in enumerate(model.experts):
+            steps.detail = layer.decoder_layer
+            known = run.pricing(index, about)
+            if known is None:
+                stats = run.stats(index, model.device) if needs else None
+                weights = model.expert_weights(layer)
+                with located(layer.name):
+                    known = method.price(
+                        weights, stats, budget, seed=seed + index, **accepted(method.price, options)
+                    ).to_json()
+                run.write_pricing(index, about, known)
+            priced.append(method.priced(layer, known))
+            steps.tick()
+        planned = method.plan(priced, budget)
+    expected = None
+    if planned.loss is not None and needs:
+        expected = planned.loss / (calibration["samples"] * calibration["seqlen"])
+    return Plan(model.name, method.name, ratio, seed, tuple(planned.layers), options, expected)
+
+
+def budget_of(model: StreamedModel, ratio: float, allocation: str | None, rank_multiple: int | None) -> Budget:
+    """The budget that a ratio leaves. Raises UserError for what is none."""
     check_ratio(ratio)
-    rule = allocation or method.allocation
-    if rule not in RULES:
-        raise unknown("allocation", rule, RULES)
-    if rank_multiple is None:
-        rank_multiple = 8 if model.experts[0].hidden >= WIDE else 1
-    if rank_multiple < 1:
+    if allocation is not None and allocation not in RULES:
+        raise unknown("allocation", allocation, RULES)
+    if rank_multiple is not None and rank_multiple < 1:
         raise UserError(f"--rank-multiple must be at least 1, found {rank_multiple}.")
-    needs = method.needs_to_plan(options, rule)
-    if needs and run.calibration() is None:
-        raise UserError(
-            f"{run.folder}: {method.name} plans by {', '.join(sorted(needs))}, and nothing is calibrated there. "
-            f"Run `moefactor calibrate {model.name} --run {run.folder} --method {method.name}` first."
-        )
     total = sum(layer.parameter_count for layer in model.experts)
-    budget = int((1 - ratio) * total)
-    if method.planner is not None:
-        layers = _Layers(model, run)
-        steps = Steps(progress, "plan", len(model.experts))
-        taken = accepted(method.planner, options)
-        plans, loss = method.planner(
-            layers, budget, ratio=ratio, multiple=rank_multiple, seed=seed, tick=steps.tick, **taken
-        )
-        seen = run.calibration() if needs else None
-        expected = loss / (seen["samples"] * seen["seqlen"]) if seen else None
-        return Plan(model.name, method.name, ratio, seed, tuple(plans), options, expected)
-    steps = Steps(progress, "plan", len(model.experts))
-    offers: list[LayerOffers] = []
-    for index, layer in enumerate(model.experts):
-        stats = run.stats(index, model.device) if needs else None
-        steps.detail = layer.decoder_layer
-        offers.append(
-            method.offers(model.expert_weights(layer), stats, seed=seed + index, **accepted(method.offers, options))
-        )
-        steps.tick()
-    bought = spend(offers, budget, rule, multiple=rank_multiple)
-    layers = tuple(offer.plan(units) for offer, units in zip(offers, bought, strict=True))
-    return Plan(model.name, method.name, ratio, seed, layers, options)
-
-
-class _Layers:
-    """Every layer's weights and statistics, read anew each time they are gone through."""
-
-    def __init__(self, model: StreamedModel, run: RunFolder):
-        self.model, self.run = model, run
-
-    def __iter__(self) -> Iterator[tuple[ExpertWeights, LayerStats]]:
-        for index, layer in enumerate(self.model.experts):
-            yield self.model.expert_weights(layer), self.run.stats(index, self.model.device)
+    return Budget(int((1 - ratio) * total), ratio, allocation, rank_multiple)
 
 
 def check_ratio(ratio: float) -> None:

@@ -1,28 +1,44 @@
-"""The files of one run: what each stage reads and writes.
+"""The files of one run: what each stage reads and writes, and what they belong to.
 
-RUN/calibration.json        what was calibrated on
-RUN/stats/00003.safetensors one file a layer, by the layer's place among the expert layers
-RUN/own.safetensors         the windows of text that the model wrote itself
+RUN/source.json               the weights that this is a run of (identity.py)
+RUN/calibration.json          what was calibrated on, and with what
+RUN/calibrating.json          how far an unfinished calibration is
+RUN/stats/00003.safetensors   one file a layer, by the layer's place among the expert layers
+RUN/states/00003.safetensors  hidden states that enter a decoder layer, while a calibration needs them
+RUN/own.safetensors           the windows of text that the model wrote itself
+RUN/pricing/00003.json        what a layer can spend on, while a plan is being made
 RUN/plan.json
 RUN/layers/00003.safetensors  the compressed tensors of a layer
-RUN/journal.json            the finished layers: file, checksum, errors, loss curves, seconds
+RUN/journal.json              the finished layers: file, checksum, errors, loss curves, seconds
 """
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import file_digest, read_tensors, write_atomically, write_tensors
 from .errors import UserError
+from .files import (
+    differences,
+    digest_of,
+    file_digest,
+    locked,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+from .identity import SourceRecord
 from .plan import Plan
 from .stats import LayerStats
+from .streaming import StreamedModel
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,8 @@ class RunFolder:
     def __init__(self, folder: str | Path, *, calibrated: RunFolder | None = None):
         self.folder = Path(folder).expanduser()
         self.calibrated = calibrated
+        self.source: SourceRecord | None = None
+        self._opened = 0
 
     @property
     def plan(self) -> Path:
@@ -51,6 +69,24 @@ class RunFolder:
         """The calibration windows that the model wrote itself."""
         return self.folder / "own.safetensors"
 
+    @contextmanager
+    def opened(self, model: StreamedModel) -> Iterator[None]:
+        """For the length of a stage: no other process works here, and what is here is of this model's weights.
+
+        Raises UserError where either does not hold.
+        """
+        with ExitStack() as stack:
+            if self._opened == 0:
+                stack.enter_context(locked(self.folder / ".lock", str(self.folder)))
+                self.source = SourceRecord(self.folder / "source.json", model.reader.checkpoint, model.name)
+                stack.callback(setattr, model.reader, "on_read", model.reader.on_read)
+                model.reader.on_read = self.source.saw
+            self._opened += 1
+            try:
+                yield
+            finally:
+                self._opened -= 1
+
     # -- calibration ---------------------------------------------------------------------------------------------
 
     def forget_calibration(self) -> None:
@@ -58,77 +94,108 @@ class RunFolder:
         (self.folder / "calibration.json").unlink(missing_ok=True)
 
     def write_calibration(self, description: dict) -> None:
-        self._write_json("calibration.json", description)
+        write_json(self.folder / "calibration.json", description)
 
     def calibration(self) -> dict | None:
         """What was calibrated on, or None while calibration has not finished."""
         if self.calibrated is not None:
             return self.calibrated.calibration()
-        return self._read_json("calibration.json")
+        return read_json(self.folder / "calibration.json")
 
     def write_stats(self, index: int, stats: LayerStats) -> None:
-        path = self._path("stats", index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, stats.tensors())
+        write_tensors(self._path("stats", index), stats.tensors())
 
     def stats(self, index: int, device: torch.device | str = "cpu") -> LayerStats | None:
         if self.calibrated is not None:
             return self.calibrated.stats(index, device)
         path = self._path("stats", index)
-        return LayerStats(**read_tensors(path, device)) if path.is_file() else None
+        return LayerStats.of(read_tensors(path, device), str(path)) if path.is_file() else None
 
-    def write_activations(self, number: int, states: list[Tensor]) -> None:
-        """What enters a decoder layer, kept for the backward pass."""
-        path = self._path("activations", number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({str(index): state.cpu().contiguous() for index, state in enumerate(states)}, path)
+    def calibrating(self, about: dict) -> dict:
+        """How far an unfinished calibration is that was about the same; {} where there is none."""
+        data = read_json(self.folder / "calibrating.json") or {}
+        return data if data.get("about") == about else {}
 
-    def activations(self, number: int, device: torch.device | str) -> list[Tensor]:
-        states = read_tensors(self._path("activations", number), device)
+    def write_calibrating(self, data: dict) -> None:
+        write_json(self.folder / "calibrating.json", data)
+
+    def write_states(self, name: str, states: list[Tensor]) -> None:
+        """Hidden states, or loss gradients at them, a batch a tensor."""
+        write_tensors(self._states(name), {str(index): state for index, state in enumerate(states)})
+
+    def states(self, name: str, device: torch.device | str) -> list[Tensor]:
+        states = read_tensors(self._states(name), device)
         return [states[str(index)] for index in range(len(states))]
 
-    def drop_activations(self) -> None:
-        shutil.rmtree(self.folder / "activations")
+    def drop_states(self, name: str) -> None:
+        self._states(name).unlink(missing_ok=True)
+
+    def finish_calibration(self, description: dict) -> None:
+        self.write_calibration(description)
+        shutil.rmtree(self.folder / "states", ignore_errors=True)
+        (self.folder / "calibrating.json").unlink(missing_ok=True)
+
+    def _states(self, name: str) -> Path:
+        return self.folder / "states" / f"{name}.safetensors"
+
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    def pricing(self, index: int, about: str) -> dict | None:
+        """What a layer can spend on, if it was priced under the same digest."""
+        data = read_json(self._path("pricing", index, ".json"))
+        return data["priced"] if data is not None and data.get("about") == about else None
+
+    def write_pricing(self, index: int, about: str, priced: dict) -> None:
+        write_json(self._path("pricing", index, ".json"), {"about": about, "priced": priced}, indent=None)
 
     def write_plan(self, plan: Plan) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        plan.write(self.plan)
+        write_atomically(self.plan, plan.dumps().encode())
+        shutil.rmtree(self.folder / "pricing", ignore_errors=True)
 
     # -- factorised layers ---------------------------------------------------------------------------------------
 
-    def journal(self, digest: str) -> dict[int, Entry]:
-        """Finished layers whose files still are what was written. UserError when they belong to another plan."""
-        data = self._read_json("journal.json")
+    def journal(self, about: dict) -> dict[int, Entry]:
+        """Finished layers whose files still are what was written. UserError when they are about something else."""
+        data = read_json(self.folder / "journal.json")
         if data is None:
             return {}
-        if data["plan"] != digest:
+        path = self.folder / "journal.json"
+        try:
+            layers = {int(index): Entry(**entry) for index, entry in data["layers"].items()}
+            found = differences(about, data["about"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{path}: not a journal that moefactor reads. Remove it.") from None
+        if found:
             raise UserError(
-                f"{self.folder}: holds layers made from another plan or other options. Remove {self.folder / 'layers'} "
-                "and journal.json to start again, or choose another run folder."
+                f"{self.folder}: holds layers made from another plan, text or version ({'; '.join(found[:3])}). "
+                f"Remove {self.folder / 'layers'} and journal.json to start again, or choose another run folder."
             )
-        entries = {int(index): Entry(**entry) for index, entry in data["layers"].items()}
         return {
             index: entry
-            for index, entry in entries.items()
+            for index, entry in layers.items()
             if self.layer_file(index).is_file() and file_digest(self.layer_file(index)) == entry.sha256
         }
 
     def write_layer(self, index: int, tensors: dict[str, Tensor]) -> str:
-        self.layer_file(index).parent.mkdir(parents=True, exist_ok=True)
-        return write_tensors(self.layer_file(index), tensors)
+        """Returns the file's SHA-256."""
+        write_tensors(self.layer_file(index), tensors)
+        return file_digest(self.layer_file(index))
 
-    def enter(self, digest: str, entries: dict[int, Entry]) -> None:
+    def enter(self, about: dict, entries: dict[int, Entry]) -> None:
         layers = {str(index): asdict(entry) for index, entry in sorted(entries.items())}
-        self._write_json("journal.json", {"plan": digest, "layers": layers})
+        write_json(self.folder / "journal.json", {"about": about, "layers": layers})
 
     def report(self) -> dict:
-        """The journal and what was calibrated on, for the finished checkpoint.
+        """The journal, for the finished checkpoint: what was calibrated on, errors and curves of every layer.
 
         Without the seconds: a resumed run ends with the same bytes.
         """
-        journal = self._read_json("journal.json")
+        journal = read_json(self.folder / "journal.json")
+        if journal is None:
+            raise UserError(f"{self.folder}: no layer has been factorised here.")
         layers = {index: {k: v for k, v in e.items() if k != "seconds"} for index, e in journal["layers"].items()}
-        return {"calibration": self.calibration(), **journal, "layers": layers}
+        about = journal["about"]
+        return {"calibration": about.get("calibration"), "digest": digest_of(about), "about": about, "layers": layers}
 
     def layer_file(self, index: int) -> Path:
         return self._path("layers", index)
@@ -138,21 +205,5 @@ class RunFolder:
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _path(self, kind: str, index: int) -> Path:
-        return self.folder / kind / f"{index:05d}.safetensors"
-
-    def _write_json(self, name: str, data: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / name, (json.dumps(data, indent=1) + "\n").encode())
-
-    def _read_json(self, name: str) -> dict | None:
-        path = self.folder / name
-        if not path.is_file():
-            return None
-        try:
-            data = json.loads(path.read_text())
-            if not isinstance(data, dict):
-                raise UserError(f"{path}: not what moefactor writes there. Remove it.")
-            return data
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}. Remove it.") from None
+    def _path(self, kind: str, index: int, suffix: str = ".safetensors") -> Path:
+        return self.folder / kind / f"{index:05d}{suffix}"

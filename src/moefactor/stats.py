@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .errors import NotFinite, UserError
 from .experts import ExpertLayer
 
 # What can be collected, and what each costs a layer in float32.
@@ -67,6 +68,26 @@ class LayerStats:
             output_gradient=sums_of("output_gradient", hidden, hidden),
             fisher=sums_of("fisher", len(layer.projections) * width, hidden),
         )
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], where: str) -> LayerStats:
+        """From stored tensors; UserError for names that are not statistics, NotFinite for numbers that are none."""
+        names = [f.name for f in fields(cls)]
+        odd, missing = set(tensors) - {*names}, {*names[:4]} - set(tensors)
+        if odd or missing:
+            raise UserError(
+                f"{where}: not statistics of a layer ({', '.join(sorted(odd or missing))}). Calibrate again."
+            )
+        stats = cls(**tensors)
+        stats.check_finite(where)
+        return stats
+
+    def check_finite(self, where: str) -> None:
+        """Raises NotFinite naming the statistic and the expert."""
+        for name, tensor in self.tensors().items():
+            for expert, part in enumerate(tensor):
+                if part.numel() and not torch.stack(part.aminmax()).isfinite().all():
+                    raise NotFinite(f"expert {expert}'s {name.replace('_', ' ')}", where)
 
     def add(self, expert: int, x: Tensor, h: Tensor, y: Tensor, g: Tensor) -> None:
         """One expert's tokens of one batch: x (n, H), h (n, I), y (n, H), g (n,)."""

@@ -23,14 +23,15 @@ from .checkpoint import Checkpoint, ModelReader, resolve
 from .discover import build_skeleton, decoder_layers, find_experts, read_config
 from .errors import UserError
 from .experts import ExpertLayer, ExpertWeights
-from .forms import Routing
 from .fp8 import Fp8Source
+from .routing import Routing
 
 OBSERVED = "moefactor_observed"
 ROWS = 64  # multiples of rows that 16-bit products on a CPU come in
 FITS = 0.7  # of a device's memory, for the weights: what they work on needs some too
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+Witness = Callable[[Tensor, Tensor, Tensor], None]  # sees the tokens and where they are routed
 Tick = Callable[[], None]
 
 
@@ -54,6 +55,9 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
     observer: Observer | None = getattr(module, "observer", None)
     first_name = "gate_up_proj" if module.has_gate else "up_proj"
     watcher: GradientObserver | None = getattr(module, "gradient_observer", None)
+    witness: Witness | None = getattr(module, "witness", None)
+    if witness is not None:
+        witness(hidden_states.detach(), top_k_index, top_k_weights.detach())
     # Unbound once: indexing in the loop would give the backward pass a gradient of the whole stack for every expert.
     first, down = getattr(module, first_name).unbind(), module.down_proj.unbind()
     rows = []

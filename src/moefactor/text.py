@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, StoppingCriteriaList
 
-from .checkpoint import read_tensors, write_tensors
 from .errors import UserError
+from .files import read_tensors, write_tensors
 from .progress import Progress, Steps, silent
 
 # Name -> (repository, configuration, text column); the splits are train to calibrate on and test to measure on.

@@ -1,24 +1,25 @@
-"""How a compressed stack is stored, counted, applied and rebuilt: one file a form.
+"""What a compressed stack is: one file a form.
 
 A form is a description without tensors (what a plan holds and config.json carries); the tensors travel beside it in
-a dict by the names of `shapes()`. `FORMS` is the table of all of them.
+a dict by the names of `tensors()`. `FORMS` is the table of all of them. How a form is run is a kernel's matter
+(runtime/kernels); nothing here needs more than torch, so that any engine can read it.
 """
 
 from __future__ import annotations
 
-from ..errors import UserError, unknown
-from .base import Form, Routing, grouped_linear
+from .base import FLOAT, INT32, Form, TensorSpec
 from .base_plus_delta import BasePlusDelta
 from .basis_mixture import BasisMixture
 from .dense import Dense
+from .fields import Fields
 from .latent import Latent
 from .ragged import Ragged
 from .residual import SparseResidual
 from .shared_basis import SharedBasis
 from .shared_private import SharedPrivate
 
-__all__ = ["FORMS", "BasePlusDelta", "BasisMixture", "Dense", "Form", "Latent", "Ragged", "Routing", "SharedBasis",
-           "SharedPrivate", "SparseResidual", "form_from_json", "grouped_linear", "low_rank"]  # fmt: skip
+__all__ = ["FLOAT", "FORMS", "INT32", "BasePlusDelta", "BasisMixture", "Dense", "Form", "Latent", "Ragged",
+           "SharedBasis", "SharedPrivate", "SparseResidual", "TensorSpec", "form_from_json", "low_rank"]  # fmt: skip
 
 FORMS: dict[str, type[Form]] = {
     "dense": Dense,
@@ -31,6 +32,7 @@ FORMS: dict[str, type[Form]] = {
     "ragged": Ragged,
     "sparse_residual": SparseResidual,
 }
+DEEPEST = 8  # forms inside forms, in a file that somebody wrote
 
 
 def low_rank(experts: int, width: int, hidden: int, ranks: tuple[int, ...]) -> SharedBasis:
@@ -38,15 +40,18 @@ def low_rank(experts: int, width: int, hidden: int, ranks: tuple[int, ...]) -> S
     return SharedBasis(experts, width, hidden, groups=tuple((e,) for e in range(experts)), ranks=ranks)
 
 
-def form_from_json(data: dict, *, experts: int, width: int, hidden: int, where: str) -> Form:
-    """Builds and checks a form from its JSON; `where` begins the error message."""
-    if not isinstance(data, dict) or "form" not in data:
-        raise UserError(f"{where}: expected an object with a field 'form', found {data!r}.")
-    if data["form"] not in FORMS:
-        raise UserError(f"{where}: {unknown('form', str(data['form']), FORMS)}")
-    try:
-        return FORMS[data["form"]].from_json(data, experts=experts, width=width, hidden=hidden, where=where)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: field {error} is missing or of the wrong type.") from error
+def form_from_json(data: object, *, experts: int, width: int, hidden: int, where: str, depth: int = 0) -> Form:
+    """Builds and checks a form from its JSON; `where` begins the error message. Raises UserError."""
+
+    def inner(name: str, hidden: int = hidden) -> Form:
+        return form_from_json(
+            fields.get(name, dict), experts=experts, width=width, hidden=hidden, where=where, depth=depth + 1
+        )
+
+    fields = Fields(data, where, inner)
+    if "form" not in fields.data:
+        raise fields.error(f"expected an object with a field 'form', found {data!r}.")
+    if depth > DEEPEST:
+        raise fields.error(f"forms inside forms, more than {DEEPEST} deep.")
+    kind = FORMS[fields.choice("form", FORMS)]
+    return kind.from_json(fields, experts=experts, width=width, hidden=hidden)

@@ -9,19 +9,23 @@ rebuilt. Only a batch with many more tokens than experts, or a mixture of many b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError, unknown
-from .base import Factors, Form, Routing, grouped_linear
+from .base import INT32, Factors, Form, TensorSpec, listed
+from .fields import Fields
 from .ragged import Ragged
 
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "identity": lambda x: x}
-REBUILT_AT_ONCE = 8  # experts' bases in memory together
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "identity": identity}
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,11 @@ class BasisMixture(Form):
     widths: tuple[int, ...] = ()
     halves: int = 1
 
+    name = "basis_mixture"
+    mixes_bases = True
+
     @cached_property
-    def _ragged(self) -> Ragged | None:
+    def ragged(self) -> Ragged | None:
         """How `private` is stored where widths are uneven: experts of hidden size r."""
         if not self.widths:
             return None
@@ -59,21 +66,21 @@ class BasisMixture(Form):
     def kept_widths(self) -> tuple[int, ...] | None:
         return self.widths or None
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        each, k = (self.groups, self.bases), self.basis_rank
-        private = self._ragged.shapes()["weight"] if self._ragged else (self.experts, self.rank, self.width)
-        shapes = {"private": private, "mix": (self.experts, self.bases)}
-        if not k:
-            return {**shapes, "basis": (*each, self.rank, self.hidden)}
-        return {
-            **shapes,
-            "basis_pivots": (*each, k),
-            "basis_left": (*each, self.rank - k, k),
-            "basis_right": (*each, k, self.hidden),
-        }
+    def rows(self) -> Ragged:
+        return self.ragged or super().rows()
 
-    def integers(self) -> frozenset[str]:
-        return frozenset({"basis_pivots"} if self.basis_rank else ())
+    def tensors(self) -> dict[str, TensorSpec]:
+        each, k = (self.groups, self.bases), self.basis_rank
+        private = self.ragged.shapes()["weight"] if self.ragged else (self.experts, self.rank, self.width)
+        specs = {"private": TensorSpec(private), "mix": TensorSpec((self.experts, self.bases))}
+        if not k:
+            return {**specs, "basis": TensorSpec((*each, self.rank, self.hidden))}
+        return {
+            **specs,
+            "basis_pivots": TensorSpec((*each, k), INT32),
+            "basis_left": TensorSpec((*each, self.rank - k, k)),
+            "basis_right": TensorSpec((*each, k, self.hidden)),
+        }
 
     def expert_bases(self, factors: Factors, experts: list[int]) -> Tensor:
         """(n, r, H): f(Σ_j α_ej B_j) of some experts of one group."""
@@ -97,80 +104,21 @@ class BasisMixture(Form):
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
         basis = self.expert_bases(factors, [expert])[0]
-        if self._ragged:
-            return self._ragged.dense({"weight": factors["private"]}, expert) @ basis
+        if self.ragged:
+            return self.ragged.dense({"weight": factors["private"]}, expert) @ basis
         return factors["private"][expert].T @ basis
 
-    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        if self._stays_factorised(routing):
-            return self._read_private(factors, self._mixed_latents(factors, tokens, routing), routing)
-        parts = []
-        for experts, window, offsets in self._hit(routing):
-            basis = self.expert_bases(factors, experts)
-            latent = grouped_linear(tokens.index_select(0, routing.token[window]), basis.transpose(1, 2), offsets)
-            parts.append(latent)
-        return self._read_private(factors, torch.cat(parts) if parts else tokens.new_zeros(0, self.rank), routing)
+    def units(self) -> tuple[int, ...]:
+        return (self.basis_rank or self.bases,)
 
-    def _read_private(self, factors: Factors, latents: Tensor, routing: Routing) -> Tensor:
-        """(pairs, r) -> (pairs, width)."""
-        if self._ragged:
-            return self._ragged.read_rows({"weight": factors["private"]}, latents, routing)
-        return grouped_linear(latents, factors["private"], routing.offsets)
+    def with_units(self, units: Iterable[int]) -> BasisMixture:
+        (bought,) = units
+        return replace(self, basis_rank=bought) if self.basis_rank else replace(self, bases=bought)
 
-    def _write_private(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        """(pairs, width) -> (pairs, r)."""
-        if self._ragged:
-            return self._ragged.write({"weight": factors["private"]}, activations, routing)
-        return grouped_linear(activations, factors["private"].transpose(1, 2), routing.offsets)
-
-    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        latents, parts = self._write_private(factors, activations, routing), []
-        for experts, window, offsets in self._hit(routing):
-            parts.append(grouped_linear(latents[window], self.expert_bases(factors, experts), offsets))
-        return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
-
-    def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        if not self._stays_factorised(routing):
-            return routing.combine(self.write(factors, activations, routing))
-        latents = self._write_private(factors, activations, routing)
-        share = self._mix_by_token(factors, routing) * routing.by_token(routing.weight).unsqueeze(2)
-        latents = share.to(latents.dtype).transpose(1, 2) @ routing.by_token(latents)  # (T, G·m, r)
-        return latents.flatten(1) @ factors["basis"].flatten(0, 2)
-
-    def _stays_factorised(self, routing: Routing) -> bool:
-        """Whether the bases work on tokens: where they can, and where that is less work than rebuilding them."""
-        if self.activation != "identity" or self.basis_rank:
-            return False
-        pairs = routing.tokens * routing.top_k
-        rebuilding = min(self.experts, pairs) * self.bases + pairs
-        return routing.tokens * self.groups * self.bases <= rebuilding
-
-    def _mixed_latents(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        """(pairs, r): Σ_j α_ej B_j x for every pair, in routing's order."""
-        basis = factors["basis"].flatten(0, 2)
-        latents = (tokens.to(basis.dtype) @ basis.T).view(routing.tokens, -1, self.rank)  # (T, G·m, r)
-        return (self._mix_by_token(factors, routing) @ latents).flatten(0, 1)[routing.order]
-
-    def _mix_by_token(self, factors: Factors, routing: Routing) -> Tensor:
-        """(T, k, G·m): the mixing weights of each token's experts, zero for other groups' bases."""
-        mix = factors["mix"]
-        if self.groups > 1:
-            own = torch.eye(self.groups, dtype=mix.dtype, device=mix.device)
-            own = own.repeat_interleave(self.experts // self.groups, 0)  # (E, G)
-            mix = (own.unsqueeze(2) * mix.unsqueeze(1)).flatten(1)
-        return mix[routing.by_token(routing.expert)]
-
-    def _hit(self, routing: Routing) -> Iterator[tuple[list[int], slice, Tensor]]:
-        """Runs of experts that have rows, a few at a time, so that bases of the others are never rebuilt."""
-        size = self.experts // self.groups
-        hit = [(e, a, b) for e, (a, b) in enumerate(routing.bounds) if b > a]
-        while hit:
-            group = hit[0][0] // size
-            run = [entry for entry in hit[:REBUILT_AT_ONCE] if entry[0] // size == group]
-            hit = hit[len(run) :]
-            start = run[0][1]
-            ends = torch.tensor([b - start for *_, b in run], dtype=torch.int32, device=routing.expert.device)
-            yield [e for e, *_ in run], slice(start, run[-1][2]), ends
+    def summary(self) -> str:
+        what = f"{self.bases} bases of {self.rank} rows, {self.activation}"
+        what += f", each of rank {self.basis_rank}" if self.basis_rank else ""
+        return f"{self.name}, {what}" + (f"; {listed('widths', self.widths)}" if self.widths else "")
 
     def to_json(self) -> dict:
         data = {
@@ -180,23 +128,20 @@ class BasisMixture(Form):
         return {**data, "widths": list(self.widths), "halves": self.halves} if self.widths else data
 
     @classmethod
-    def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> BasisMixture:
-        if data["activation"] not in ACTIVATIONS:
-            raise UserError(f"{where}: {unknown('activation', data['activation'], ACTIVATIONS)}")
-        form = cls(
-            experts, width, hidden, bases=data["bases"], rank=data["rank"], activation=data["activation"],
-            groups=data["groups"], basis_rank=data["basis_rank"], widths=tuple(data.get("widths", ())),
-            halves=data.get("halves", 1),
+    def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> BasisMixture:
+        groups = data.whole("groups", 1, experts)
+        if experts % groups:
+            raise data.error(f"{experts} experts can't be cut into {groups} equal groups.")
+        widths, halves = (), 1
+        if data.list("widths", []):
+            ragged = Ragged.from_json(data, experts=experts, width=width, hidden=hidden)
+            widths, halves = ragged.widths, ragged.halves
+        rank = data.whole("rank", 1, min(width, hidden))
+        return cls(
+            experts, width, hidden, bases=data.whole("bases", 1, experts // groups), rank=rank,
+            activation=data.choice("activation", ACTIVATIONS), groups=groups,
+            basis_rank=data.whole("basis_rank", 0, min(rank, hidden)), widths=widths, halves=halves,
         )  # fmt: skip
-        if form.widths:
-            Ragged.from_json(data, experts=experts, width=width, hidden=hidden, where=where)
-        _within(where, "groups", form.groups, 1, experts)
-        if experts % form.groups:
-            raise UserError(f"{where}: {experts} experts can't be cut into {form.groups} equal groups.")
-        _within(where, "bases", form.bases, 1, experts // form.groups)
-        _within(where, "rank", form.rank, 1, min(width, hidden))
-        _within(where, "basis_rank", form.basis_rank, 0, min(form.rank, hidden))
-        return form
 
 
 def pack_bases(left: Tensor, right: Tensor) -> Factors:
@@ -240,8 +185,3 @@ def _others(pivots: Tensor, rank: int) -> Tensor:
 def _identities(pivots: Tensor, like: Tensor) -> Tensor:
     k = pivots.shape[1]
     return torch.eye(k, dtype=like.dtype, device=like.device).expand(len(pivots), k, k)
-
-
-def _within(where: str, name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"{where}: {name} {value!r} does not fit; it must be a whole number from {low} to {high}.")

@@ -6,28 +6,28 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Factors, Form, Routing, grouped_linear
+from .base import Factors, Form, TensorSpec
+from .fields import Fields
 
 
 @dataclass(frozen=True)
 class Dense(Form):
     """`weight` (E, width, H)."""
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"weight": (self.experts, self.width, self.hidden)}
+    name = "dense"
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {"weight": TensorSpec((self.experts, self.width, self.hidden))}
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
         return factors["weight"][expert]
 
-    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        return grouped_linear(tokens.index_select(0, routing.token), factors["weight"].transpose(1, 2), routing.offsets)
-
-    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        return grouped_linear(activations, factors["weight"], routing.offsets)
+    def ordinary_widths(self) -> frozenset[int]:
+        return frozenset()
 
     def to_json(self) -> dict:
         return {"form": "dense"}
 
     @classmethod
-    def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> Dense:
+    def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> Dense:
         return cls(experts, width, hidden)

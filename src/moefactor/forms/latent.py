@@ -4,55 +4,57 @@ MoE": H → r, experts of hidden size r, r → H."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
-from ..errors import UserError
-from .base import Factors, Form, Routing
+from .base import Factors, Form, TensorSpec, nested
+from .fields import Fields
+from .ragged import Ragged
 
 
 @dataclass(frozen=True)
 class Latent(Form):
-    """`basis` (r, H) and the tensors of `inner`, whose hidden size is r: W_e = inner_e · basis.
-
-    The basis works once a token, whatever the number of experts.
-    """
+    """`basis` (r, H) and the tensors of `inner`, whose hidden size is r: W_e = inner_e · basis."""
 
     rank: int
     inner: Form
+
+    name = "latent"
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return nested(("basis",), self.inner)
+
+    def inner_factors(self, factors: Factors) -> Factors:
+        return {name: factors[outer] for name, outer in self._names.items()}
+
+    @property
+    def mixes_bases(self) -> bool:
+        return self.inner.mixes_bases
 
     @property
     def kept_widths(self) -> tuple[int, ...] | None:
         return self.inner.kept_widths
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"basis": (self.rank, self.hidden), **self.inner.shapes()}
+    def rows(self) -> Ragged:
+        return self.inner.rows()
 
-    def integers(self) -> frozenset[str]:
-        return self.inner.integers()
+    def tensors(self) -> dict[str, TensorSpec]:
+        inner = self.inner.tensors()
+        own = {"basis": TensorSpec((self.rank, self.hidden))}
+        return own | {outer: inner[name] for name, outer in self._names.items()}
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
-        return self.inner.dense(factors, expert) @ factors["basis"]
+        return self.inner.dense(self.inner_factors(factors), expert) @ factors["basis"]
 
-    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        basis = factors["basis"]
-        return self.inner.read(factors, tokens.to(basis.dtype) @ basis.T, routing)
-
-    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        return self.inner.write(factors, activations, routing) @ factors["basis"]
-
-    def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        return self.inner.write_combined(factors, activations, routing) @ factors["basis"]
+    def summary(self) -> str:
+        return f"{self.name}, rank {self.rank}; {self.inner.summary()}"
 
     def to_json(self) -> dict:
         return {"form": "latent", "rank": self.rank, "inner": self.inner.to_json()}
 
     @classmethod
-    def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> Latent:
-        from . import form_from_json
-
-        rank = data["rank"]
-        if not isinstance(rank, int) or not 1 <= rank <= hidden:
-            raise UserError(f"{where}: rank {rank!r} does not fit; it must be a whole number from 1 to {hidden}.")
-        inner = form_from_json(data["inner"], experts=experts, width=width, hidden=rank, where=where)
-        return cls(experts, width, hidden, rank=rank, inner=inner)
+    def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> Latent:
+        rank = data.whole("rank", 1, hidden)
+        return cls(experts, width, hidden, rank=rank, inner=data.inner("inner", rank))

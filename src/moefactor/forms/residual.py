@@ -9,14 +9,14 @@ stored, so P is needed neither on disk nor in memory: its column numbers come ba
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .base import Factors, Form, Routing
+from .base import Factors, Form, TensorSpec, nested
+from .fields import Fields
 
 MASK = 0xFFFFFFFF
 
@@ -52,15 +52,27 @@ class SparseResidual(Form):
     sizes: tuple[int, ...]
     seed: int
 
+    name = "sparse_residual"
+
     def __post_init__(self):
         # As in SharedBasis: JSON keeps membership, not order.
         object.__setattr__(self, "groups", tuple(tuple(sorted(g)) for g in self.groups))
 
-    def integers(self) -> frozenset[str]:
-        return self.inner.integers()
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return nested(("residual",), self.inner)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**self.inner.shapes(), "residual": (sum(self.sizes),)}
+    def inner_factors(self, factors: Factors) -> Factors:
+        return {name: factors[outer] for name, outer in self._names.items()}
+
+    @property
+    def mixes_bases(self) -> bool:
+        return self.inner.mixes_bases
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        inner = self.inner.tensors()
+        own = {"residual": TensorSpec((sum(self.sizes),))}
+        return {outer: inner[name] for name, outer in self._names.items()} | own
 
     @cached_property
     def _places(self) -> dict[int, tuple[int, int, int]]:
@@ -93,29 +105,16 @@ class SparseResidual(Form):
         return vector[self.columns(expert, vector.device)].view(self.width, self.hidden)
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
-        return self.inner.dense(factors, expert) + self.thrown_back(factors, expert)
+        return self.inner.dense(self.inner_factors(factors), expert) + self.thrown_back(factors, expert)
 
-    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        out = self.inner.read(factors, tokens, routing)
-        tokens = tokens.to(factors["residual"].dtype)
-        parts = [tokens[routing.token[a:b]] @ self.thrown_back(factors, e).T for e, (a, b) in self._hit(routing)]
-        return out + torch.cat(parts) if parts else out
+    def units(self) -> tuple[int, ...]:
+        return self.inner.units()
 
-    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        return self.inner.write(factors, activations, routing) + self._write_residual(factors, activations, routing)
+    def with_units(self, units: Iterable[int]) -> SparseResidual:
+        return replace(self, inner=self.inner.with_units(units))
 
-    def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        inner = self.inner.write_combined(factors, activations, routing)
-        return inner + routing.combine(self._write_residual(factors, activations, routing))
-
-    def _write_residual(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        activations = activations.to(factors["residual"].dtype)
-        parts = [activations[a:b] @ self.thrown_back(factors, e) for e, (a, b) in self._hit(routing)]
-        return torch.cat(parts) if parts else activations.new_zeros(0, self.hidden)
-
-    def _hit(self, routing: Routing) -> list[tuple[int, tuple[int, int]]]:
-        """Experts that have rows: the residual of the others is never rebuilt."""
-        return [(e, (a, b)) for e, (a, b) in enumerate(routing.bounds) if b > a]
+    def summary(self) -> str:
+        return f"{self.inner.summary()}; a residual of {sum(self.sizes):,}"
 
     def to_json(self) -> dict:
         group_of = {e: str(g) for g, members in enumerate(self.groups) for e in members}
@@ -128,19 +127,10 @@ class SparseResidual(Form):
         }
 
     @classmethod
-    def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> SparseResidual:
-        from . import form_from_json
-
-        inner = form_from_json(data["inner"], experts=experts, width=width, hidden=hidden, where=where)
-        ids = [int(g) for g in data["groups"].split()]
-        sizes = tuple(data["sizes"])
-        if sorted(set(ids)) != list(range(len(sizes))) or len(ids) != experts:
-            raise UserError(f"{where}: 'groups' must name a group below {len(sizes)} for each of {experts} experts.")
-        groups = tuple(tuple(e for e, g in enumerate(ids) if g == index) for index in range(len(sizes)))
+    def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> SparseResidual:
+        sizes = data.list("sizes")
+        groups = data.groups("groups", len(sizes), experts, "sizes")
         for group, size in zip(groups, sizes, strict=True):
-            if not isinstance(size, int) or not 1 <= size <= len(group) * width * hidden:
-                raise UserError(
-                    f"{where}: a residual of {size!r} entries does not fit; it must be from 1 to "
-                    f"{len(group) * width * hidden}, the group's own parameters."
-                )
-        return cls(experts, width, hidden, inner=inner, groups=groups, sizes=sizes, seed=int(data["seed"]))
+            data.within("size", size, 1, len(group) * width * hidden, why=", the group's own parameters")
+        seed = data.whole("seed", 0, 1 << 128)
+        return cls(experts, width, hidden, inner=data.inner("inner"), groups=groups, sizes=sizes, seed=seed)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .base import Factors, Form, Routing, grouped_linear
+from .base import Factors, Form, TensorSpec, listed
+from .fields import Fields
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class SharedBasis(Form):
     groups: tuple[tuple[int, ...], ...]
     ranks: tuple[int, ...]
 
+    name = "shared_basis"
+
     def __post_init__(self):
         # JSON keeps only which group an expert is in, so the order inside a group must not carry anything.
         object.__setattr__(self, "groups", tuple(tuple(sorted(g)) for g in self.groups))
@@ -63,7 +65,7 @@ class SharedBasis(Form):
         )
 
     @cached_property
-    def _places(self) -> dict[int, tuple[Bucket, int, int]]:
+    def places(self) -> dict[int, tuple[Bucket, int, int]]:
         """expert -> its bucket, its place in it, its group's place in it."""
         places = {}
         for bucket in self.buckets:
@@ -72,12 +74,12 @@ class SharedBasis(Form):
                 places[expert] = (bucket, place, group)
         return places
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {}
+    def tensors(self) -> dict[str, TensorSpec]:
+        specs = {}
         for bucket in self.buckets:
-            shapes[bucket.basis] = (bucket.groups, bucket.rank, self.hidden)
-            shapes[bucket.private] = (len(bucket.experts), bucket.rank, self.width)
-        return shapes
+            specs[bucket.basis] = TensorSpec((bucket.groups, bucket.rank, self.hidden))
+            specs[bucket.private] = TensorSpec((len(bucket.experts), bucket.rank, self.width))
+        return specs
 
     def pack(self, bases: list[Tensor], privates: dict[int, Tensor]) -> Factors:
         """bases: (r_g, H) of each group; privates: expert -> (r_g, width). The inverse of how `dense` reads.
@@ -92,159 +94,40 @@ class SharedBasis(Form):
         return factors
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
-        bucket, place, group = self._places[expert]
+        bucket, place, group = self.places[expert]
         return factors[bucket.private][place].T @ factors[bucket.basis][group]
 
-    # -- application ---------------------------------------------------------------------------------------------
+    @property
+    def _is_low_rank(self) -> bool:
+        return all(group == (e,) for e, group in enumerate(self.groups))
 
-    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        parts = []
-        for part in self._parts(routing):
-            basis, private = factors[part.bucket.basis], factors[part.bucket.private]
-            if part.bucket.groups * routing.tokens <= part.pairs:
-                # Fewer groups than experts a token: project every token once on every basis, then gather.
-                latent = tokens.to(basis.dtype) @ basis.flatten(0, 1).T  # (T, groups·r)
-                latent = latent.view(-1, part.bucket.groups, part.bucket.rank)[part.token, part.group]
-            else:
-                latent = grouped_linear(tokens[part.token], basis.transpose(1, 2), part.group_offsets)
-            parts.append(grouped_linear(latent, private, part.offsets))
-        return self._unsort(parts, routing)
+    def units(self) -> tuple[int, ...]:
+        return self.ranks
 
-    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        parts = [
-            grouped_linear(self._inward(factors, activations, part), factors[part.bucket.basis], part.group_offsets)
-            for part in self._parts(routing)
-        ]
-        return self._unsort(parts, routing)
+    def with_units(self, units: Iterable[int]) -> SharedBasis:
+        return replace(self, ranks=tuple(units))
 
-    def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        total = None
-        for part in self._parts(routing):
-            basis = factors[part.bucket.basis]
-            latent = self._inward(factors, activations, part)  # (pairs, r)
-            weighted = latent.float() * part.weight.unsqueeze(-1)
-            groups, rank = part.bucket.groups, part.bucket.rank
-            if groups * routing.tokens <= part.pairs:
-                # Sum in the latent space, then leave it once a token instead of once an expert.
-                cell = part.token * groups + part.group
-                summed = weighted.new_zeros(routing.tokens * groups, rank).index_add_(0, cell, weighted)
-                out = (summed.to(basis.dtype).view(routing.tokens, groups * rank) @ basis.flatten(0, 1)).float()
-            else:
-                rows = grouped_linear(weighted.to(basis.dtype), basis, part.group_offsets)
-                out = weighted.new_zeros(routing.tokens, self.hidden).index_add_(0, part.token, rows.float())
-            total = out if total is None else total + out
-        return total.to(activations.dtype)
-
-    def _inward(self, factors: Factors, activations: Tensor, part: _Part) -> Tensor:
-        rows = activations if part.rows is None else activations[part.rows]
-        return grouped_linear(rows, factors[part.bucket.private].transpose(1, 2), part.offsets)
-
-    @cached_property
-    def _slot_order(self) -> tuple[int, ...]:
-        return tuple(e for bucket in self.buckets for e in bucket.experts)
-
-    @cached_property
-    def _maps(self) -> dict[torch.device, dict[str, Tensor]]:
-        return {}
-
-    def _map(self, device: torch.device) -> dict[str, Tensor]:
-        """Index maps on `device`: expert -> slot, expert -> its group's place, the slots' experts, and group ends."""
-        if device not in self._maps:
-            order = self._slot_order
-            slot = sorted(range(self.experts), key=order.__getitem__)  # the inverse permutation
-            group = [self._places[e][2] for e in range(self.experts)]
-            self._maps[device] = {
-                name: torch.tensor(values, device=device)
-                for name, values in (("slot", slot), ("group", group), ("order", order))
-            }
-            for bucket in self.buckets:
-                ends = torch.tensor(bucket.group_sizes, device=device).cumsum(0) - 1
-                self._maps[device][bucket.basis] = ends  # its groups' last experts
-        return self._maps[device]
-
-    def _parts(self, routing: Routing) -> Iterator[_Part]:
-        """The pairs of each bucket, its experts' rows contiguous and in the order of its tensors."""
-        maps = self._map(routing.expert.device)
-        in_order = self._slot_order == tuple(range(self.experts))
-        rows = None if in_order else torch.argsort(maps["slot"][routing.expert], stable=True)
-        counts = routing.counts if in_order else routing.counts[maps["order"]]
-        # One bucket needs no row numbers on the host, hence no synchronisation.
-        ends = [len(routing.expert)] if len(self.buckets) == 1 else None
-        first_slot, start = 0, 0
-        for index, bucket in enumerate(self.buckets):
-            bucket_counts = counts[first_slot : first_slot + len(bucket.experts)]
-            if ends is None:
-                end = start + sum(b - a for a, b in (routing.bounds[e] for e in bucket.experts))
-            else:
-                end = ends[index]
-            yield _Part(bucket, routing, rows, slice(start, end), bucket_counts, maps)
-            first_slot, start = first_slot + len(bucket.experts), end
-
-    def _unsort(self, parts: list[Tensor], routing: Routing) -> Tensor:
-        """Rows of all buckets back in the routing's order."""
-        together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self._slot_order == tuple(range(self.experts)):
-            return together
-        rows = torch.argsort(self._map(together.device)["slot"][routing.expert], stable=True)
-        out = torch.empty_like(together)
-        out[rows] = together
-        return out
-
-    # -- JSON ----------------------------------------------------------------------------------------------------
+    def summary(self) -> str:
+        return listed(f"{'low_rank' if self._is_low_rank else self.name}, ranks", self.ranks)
 
     def to_json(self) -> dict:
-        if all(group == (e,) for e, group in enumerate(self.groups)):
+        if self._is_low_rank:
             return {"form": "low_rank", "ranks": list(self.ranks)}
         group_of = {e: str(g) for g, members in enumerate(self.groups) for e in members}
-        return {
-            "form": "shared_basis",
-            "groups": " ".join(group_of[e] for e in range(self.experts)),
-            "ranks": list(self.ranks),
-        }
+        groups = " ".join(group_of[e] for e in range(self.experts))
+        return {"form": "shared_basis", "groups": groups, "ranks": list(self.ranks)}
 
     @classmethod
-    def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> SharedBasis:
-        ranks = tuple(data["ranks"])
-        if data["form"] == "low_rank":
+    def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> SharedBasis:
+        ranks = data.list("ranks")
+        if data.text("form") == "low_rank":
             groups = tuple((e,) for e in range(experts))
         else:
-            ids = [int(g) for g in data["groups"].split()]
-            if len(ids) != experts:
-                raise UserError(f"{where}: 'groups' names {len(ids)} experts, the layer has {experts}.")
-            if sorted(set(ids)) != list(range(len(ranks))):
-                raise UserError(
-                    f"{where}: {len(ranks)} ranks are for the groups 0 to {len(ranks) - 1}; 'groups' names others."
-                )
-            groups = tuple(tuple(e for e, g in enumerate(ids) if g == index) for index in range(len(ranks)))
-        if len(ranks) != len(groups) or not all(groups):
-            raise UserError(f"{where}: {len(groups)} groups need as many ranks and an expert each; found {len(ranks)}.")
+            groups = data.groups("groups", len(ranks), experts, "ranks")
+        if len(ranks) != len(groups):
+            raise data.error(f"{len(groups)} groups need as many ranks; found {len(ranks)}.")
         for index, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
-            limit = min(len(group) * width, hidden)
-            if not isinstance(rank, int) or not 1 <= rank <= limit:
-                raise UserError(
-                    f"{where}: rank {rank!r} of group {index} does not fit; it must be a whole number from 1 to "
-                    f"{limit} = min(experts in the group × {width}, {hidden}). Edit it or raise the ratio."
-                )
+            most = min(len(group) * width, hidden)
+            why = f" = min(experts in the group × {width}, {hidden}). Edit it or raise the ratio"
+            data.within("rank", rank, 1, most, of=f" of group {index}", why=why)
         return cls(experts, width, hidden, groups=groups, ranks=ranks)
-
-
-class _Part:
-    """One bucket's share of a call: pairs sorted by the bucket's experts."""
-
-    def __init__(
-        self, bucket: Bucket, routing: Routing, rows: Tensor | None, window: slice, counts: Tensor,
-        maps: dict[str, Tensor],
-    ):  # fmt: skip
-        whole = window == slice(0, len(routing.expert))
-        self.bucket = bucket
-        self.pairs = window.stop - window.start
-        self.offsets = counts.cumsum(0, dtype=torch.int32)
-        self.group_offsets = self.offsets[maps[bucket.basis]]
-        if rows is not None:
-            rows = rows[window]
-        elif not whole:
-            rows = torch.arange(window.start, window.stop, device=counts.device)
-        self.rows = rows  # None: all, in the routing's order
-        self.token = routing.token if rows is None else routing.token[rows]
-        self.weight = routing.weight if rows is None else routing.weight[rows]
-        self.group = maps["group"][routing.expert if rows is None else routing.expert[rows]]

@@ -5,12 +5,13 @@ The mirror image of a SharedBasis with one group; D²-MoE's shared U of gate and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..errors import UserError
-from .base import Factors, Form, Routing, grouped_linear
+from .base import Factors, Form, TensorSpec, listed
+from .fields import Fields
 
 
 @dataclass(frozen=True)
@@ -19,27 +20,30 @@ class SharedPrivate(Form):
 
     rank: int
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"private": (self.rank, self.width), "basis": (self.experts, self.rank, self.hidden)}
+    name = "shared_private"
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {
+            "private": TensorSpec((self.rank, self.width)),
+            "basis": TensorSpec((self.experts, self.rank, self.hidden)),
+        }
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
         return factors["private"].T @ factors["basis"][expert]
 
-    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        rows = tokens.index_select(0, routing.token)
-        latent = grouped_linear(rows, factors["basis"].transpose(1, 2), routing.offsets)
-        return latent @ factors["private"]
+    def units(self) -> tuple[int, ...]:
+        return (self.rank,)
 
-    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        private = factors["private"]
-        return grouped_linear(activations.to(private.dtype) @ private.T, factors["basis"], routing.offsets)
+    def with_units(self, units: Iterable[int]) -> SharedPrivate:
+        (rank,) = units
+        return replace(self, rank=rank)
+
+    def summary(self) -> str:
+        return listed(f"{self.name}, rank", self.units())
 
     def to_json(self) -> dict:
         return {"form": "shared_private", "rank": self.rank}
 
     @classmethod
-    def from_json(cls, data: dict, *, experts: int, width: int, hidden: int, where: str) -> SharedPrivate:
-        rank, limit = data["rank"], min(width, experts * hidden)
-        if not isinstance(rank, int) or not 1 <= rank <= limit:
-            raise UserError(f"{where}: rank {rank!r} does not fit; it must be a whole number from 1 to {limit}.")
-        return cls(experts, width, hidden, rank=rank)
+    def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> SharedPrivate:
+        return cls(experts, width, hidden, rank=data.whole("rank", 1, min(width, experts * hidden)))

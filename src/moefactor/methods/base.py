@@ -4,59 +4,65 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import get_args, get_origin
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_args, get_origin
 
-import torch
-from torch import Tensor
-
-from ..allocate import LayerOffers, Offer
-from ..errors import UserError, unknown
+from ..allocate import LayerOffers, Offer, Planned, by_stacks, plan_offers
+from ..errors import UserError, located, unknown
 from ..experts import CompressedExperts, ExpertLayer, ExpertWeights
+from ..fitting.stack import Stack
 from ..forms import Dense, Form
 from ..forms.base import Factors
-from ..linalg import weighted_error
 from ..plan import LayerPlan
 from ..stats import LayerStats
 
 
 @dataclass(frozen=True)
 class Method:
-    """A compression method: pure mathematics on one layer at a time.
+    """A compression method: pure mathematics. It prices each layer alone, plans all of them under one budget,
+    factorises each alone, and may look at it again.
 
     Args:
         name: as on the command line.
         summary, paper, description: two lines and the file's docstring, for `moefactor methods`.
-        offers: (weights, stats, *, seed, **options) -> LayerOffers.
+        price: (weights, stats, budget, *, seed, **options) -> what the layer's budget can be spent on, and what that is
+            estimated to cost or to gain; a value with `to_json`.
+        priced: (layer, JSON) -> the same value again, for a run that is resumed.
+        plan: (priced layers, budget) -> Planned.
+        build: (LayerOffers, units) -> LayerPlan, of methods whose price is a LayerOffers.
         factorise: (weights, stats, layer_plan, *, seed, **options) -> CompressedExperts.
         options: every option with its default; the command line makes flags of them.
         plan_needs, factorise_needs: options -> the statistics that each stage reads (names of stats.STATISTICS).
-        allocation: the rule of allocate.RULES that spends the budget unless the user names another.
-        planner: for a method whose choices in one layer change the prices in it, instead of `offers`:
-            (layers, budget, *, ratio, multiple, seed, tick, **options) -> LayerPlan of each, and the rise of the loss
-            they are expected to cost, summed over the calibration tokens; `layers` yields (weights, stats or None).
+        rule: of allocate.RULES, which spends the budget unless the user names another; None for a method that plans in
+            its own way and takes none.
         refit: (weights, stats, compressed, tokens, plan, *, seed, **options) -> CompressedExperts, a second look at
-            the layer with the tokens themselves (refine.LayerTokens), where there are any.
+            the layer with the tokens themselves (fitting.refine.LayerTokens), where there are any.
         own_text: share of the calibration windows that the model writes itself unless the user says otherwise.
+
+    A method that makes offers is made by `offering`, one that treats stacks apart by `lift`.
     """
 
     name: str
     summary: str
     paper: str
     description: str
-    offers: Callable[..., LayerOffers]
+    price: Callable[..., Any]
+    priced: Callable[[ExpertLayer, dict], Any]
+    plan: Callable[..., Planned]
     factorise: Callable[..., CompressedExperts]
     options: dict[str, inspect.Parameter]
     plan_needs: Callable[[dict], set[str]]
     factorise_needs: Callable[[dict], set[str]]
-    allocation: str = "uniform"
-    planner: Callable[..., tuple[list[LayerPlan], float]] | None = None
+    rule: str | None = "uniform"
+    build: Callable[..., LayerPlan] | None = None
     refit: Callable[..., CompressedExperts] | None = None
     own_text: float = 0.0
 
     def needs_to_plan(self, options: dict, allocation: str | None) -> set[str]:
         """Statistics that planning reads; the rule `loss` ranks gains in the norm that factorising will use."""
+        if allocation is not None and self.rule is None:
+            raise UserError(f"{self.name} spends the budget in its own way and takes no --allocation; leave it out.")
         needs = self.plan_needs(options)
         return needs | self.factorise_needs(options) if allocation == "loss" else needs
 
@@ -71,50 +77,31 @@ class Method:
         }
 
 
-@dataclass(frozen=True)
-class Stack:
-    """One stack of a layer with what calibration says of it.
+def offering(
+    name: str, summary: str, paper: str, offers: Callable[..., LayerOffers],
+    factorise: Callable[..., CompressedExperts], *, rule: str, build: Callable[..., LayerPlan] = by_stacks,
+    options: dict[str, inspect.Parameter] | None = None, **rest: Any,
+) -> Method:  # fmt: skip
+    """A method that says what a layer can buy and lets allocate.py spend.
 
     Args:
-        name: `gate_up`, `gate`, `up` or `down`.
-        weights: (E, width, H), seen from the hidden side.
-        stats: of the layer, or None.
-        flipped: seen from the other side instead, (E, H, width), for methods that share the private factor.
+        offers: (weights, stats, *, seed, **options) -> LayerOffers.
+        build: (LayerOffers, units) -> LayerPlan, where that is not stack by stack.
+        rest: other fields of Method.
     """
 
-    name: str
-    weights: Tensor
-    stats: LayerStats | None
-    flipped: bool = False
+    def price(weights: ExpertWeights, stats: LayerStats | None, budget: object, **given: Any) -> LayerOffers:
+        return offers(weights, stats, **accepted(offers, given))
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return tuple(self.weights.shape)
+    def plan(priced: list[LayerOffers], budget: Any) -> Planned:
+        return plan_offers(priced, budget, own_rule=rule, build=build)
 
-    @property
-    def writes(self) -> bool:
-        """Whether what the matrices multiply lies on their rows: true for down, whose inputs are its width."""
-        return (self.name == "down") != self.flipped
-
-    @property
-    def _moments(self) -> str:
-        return "hidden_moment" if self.name == "down" else "input_moment"
-
-    @cached_property
-    def layer_moment(self) -> Tensor:
-        """Second moment over all of the layer's tokens of what its matrices multiply, float64."""
-        return self.stats.layer_moment(self._moments)
-
-    def of(self, weights: Tensor) -> Stack:
-        """Other weights under the same inputs: deltas, say."""
-        return replace(self, weights=weights)
-
-    def flip(self) -> Stack:
-        return replace(self, weights=self.weights.transpose(1, 2), flipped=not self.flipped)
-
-    def moment(self, expert: int) -> Tensor:
-        """The same of one expert's own tokens: (H, H), or (width, width) for down."""
-        return self.stats.mean_moment(self._moments, expert, self.layer_moment)
+    options = options_of(offers, factorise) if options is None else options
+    needs = {"plan_needs": lambda options: set(), "factorise_needs": lambda options: set()}
+    return Method(
+        name, summary, paper, price=price, priced=LayerOffers.from_json, plan=plan, factorise=factorise,
+        options=options, rule=rule, build=build, **(needs | rest),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,10 +115,10 @@ class Fitted:
 
 @dataclass(frozen=True)
 class StackOffers:
-    """What one stack can spend on, its fixed part, and the form a purchase means."""
+    """What one stack can spend on, its fixed part, and its form, into which what is bought is put (Form.with_units)."""
 
     offers: list[Offer]
-    form: Callable[[list[int]], Form]
+    form: Form
     fixed: int = 0
 
 
@@ -142,12 +129,10 @@ def lift(
     offers: Callable[..., StackOffers],
     factorise: Callable[..., Fitted],
     *,
-    description: str,
     joint: bool,
-    plan_needs: Callable[[dict], set[str]] = lambda options: set(),
-    factorise_needs: Callable[[dict], set[str]] = lambda options: set(),
     projections: tuple[str, ...] = ("gate", "up", "down"),
-    allocation: str = "uniform",
+    rule: str = "uniform",
+    **rest: Any,
 ) -> Method:
     """A method that treats stacks apart, made of two functions of one stack.
 
@@ -156,89 +141,57 @@ def lift(
         factorise: (stack, form, *, seed, **options) -> Fitted.
         joint: whether gate and up share factors unless the user says otherwise (`--joint`).
         projections: those compressed unless the user says otherwise (`--projections`).
+        rest: other fields of Method.
     """
     common = {
         "projections": _parameter("projections", tuple[str, ...], projections),
         "joint": _parameter("joint", bool, joint),
     }
-
-    def layer_offers(
-        weights: ExpertWeights, stats: LayerStats | None, *, seed: int,
-        projections: tuple[str, ...], joint: bool, **options,
-    ) -> LayerOffers:  # fmt: skip
-        layer = weights.layer
-        _check_projections(layer, projections)
-        stacks = layer.stacks(projections, joint=joint)
-        parts: dict[str, StackOffers | Dense] = {}
-        for stack, members in stacks.items():
-            if set(members) & set(projections):
-                taken = accepted(offers, options | {"seed": seed})
-                parts[stack] = offers(Stack(stack, weights.stack(stack), stats), **taken)
-            else:
-                parts[stack] = Dense(layer.experts, layer.stack_width(stack), layer.hidden)
-        fixed = layer.bias_count + sum(
-            part.parameter_count() if isinstance(part, Dense) else part.fixed for part in parts.values()
-        )
-        every = [o for part in parts.values() if isinstance(part, StackOffers) for o in part.offers]
-
-        def plan(units: list[int]) -> LayerPlan:
-            bought, chosen = list(units), {}
-            for stack, part in parts.items():
-                if isinstance(part, Dense):
-                    chosen[stack] = part
-                else:
-                    chosen[stack] = part.form(bought[: len(part.offers)])
-                    del bought[: len(part.offers)]
-            return LayerPlan(layer, chosen)
-
-        return LayerOffers(layer, fixed, tuple(every), plan)
-
-    def layer_factorise(
-        weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int,
-        projections: tuple[str, ...] = (), joint: bool = True, **options,
-    ) -> CompressedExperts:  # fmt: skip
-        tensors, errors, curves = dict(weights.biases()), {}, {}
-        for stack, form in plan.forms.items():
-            matrix = weights.stack(stack)
-            if isinstance(form, Dense):
-                factors = {"weight": matrix}
-            else:
-                fitted = factorise(Stack(stack, matrix, stats), form, seed=seed, **accepted(factorise, options))
-                factors, errors[stack] = fitted.factors, fitted.error
-                if fitted.curve:
-                    curves[stack] = list(fitted.curve)
-            tensors |= {f"{stack}_{key}": value for key, value in factors.items()}
-        return CompressedExperts(weights.layer, dict(plan.forms), tensors, errors, curves)
-
-    return Method(
-        name, summary, paper, description, layer_offers, layer_factorise,
-        options_of(offers, factorise) | common, plan_needs, factorise_needs,
-        allocation,
+    return offering(
+        name, summary, paper, partial(_layer_offers, offers), partial(_layer_factorise, factorise), rule=rule,
+        options=options_of(offers, factorise) | common, **rest,
     )  # fmt: skip
 
 
-def relative_error(original: Tensor, rebuilt: Callable[[int], Tensor], moment: Callable[[int], Tensor] | None) -> float:
-    """Σ_e ‖W_e − Ŵ_e‖² / Σ_e ‖W_e‖²; with moments (of the right-hand side) in their norm, tr D C Dᵀ."""
-    lost = total = 0.0
-    for expert, weight in enumerate(original):
-        difference = weight.double() - rebuilt(expert).double()
-        if moment is None:
-            lost, total = lost + difference.square().sum(), total + weight.double().square().sum()
+def _layer_offers(
+    of_stack: Callable[..., StackOffers], weights: ExpertWeights, stats: LayerStats | None, *, seed: int,
+    projections: tuple[str, ...], joint: bool, **options: Any,
+) -> LayerOffers:  # fmt: skip
+    layer = weights.layer
+    _check_projections(layer, projections)
+    forms: dict[str, Form] = {}
+    every: list[Offer] = []
+    fixed = layer.bias_count
+    for stack, members in layer.stacks(projections, joint=joint).items():
+        if set(members) & set(projections):
+            taken = accepted(of_stack, options | {"seed": seed})
+            with located(f"{layer.name} {stack}"):
+                part = of_stack(Stack(stack, weights.stack(stack), stats), **taken)
+            forms[stack], fixed = part.form, fixed + part.fixed
+            every += part.offers
         else:
-            c = moment(expert)
-            lost = lost + weighted_error(difference, c)
-            total = total + weighted_error(weight.double(), c)
-    return float(lost / total) if total > 0 else 0.0
+            forms[stack] = Dense(layer.experts, layer.stack_width(stack), layer.hidden)
+            fixed += forms[stack].parameter_count()
+    return LayerOffers(layer, fixed, tuple(every), forms)
 
 
-def stack_error(stack: Stack, form: Form, factors: Factors, *, weighted: bool) -> float:
-    """`relative_error` of a stack, in the metric of its own inputs where `weighted`."""
-    if not weighted:
-        return relative_error(stack.weights, lambda e: form.dense(factors, e), None)
-    if stack.writes:
-        flipped = stack.weights.transpose(1, 2)
-        return relative_error(flipped, lambda e: form.dense(factors, e).T, stack.moment)
-    return relative_error(stack.weights, lambda e: form.dense(factors, e), stack.moment)
+def _layer_factorise(
+    of_stack: Callable[..., Fitted], weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int,
+    projections: tuple[str, ...] = (), joint: bool = True, **options: Any,
+) -> CompressedExperts:  # fmt: skip
+    tensors, errors, curves = dict(weights.biases()), {}, {}
+    for stack, form in plan.forms.items():
+        matrix = weights.stack(stack)
+        if isinstance(form, Dense):
+            factors = {"weight": matrix}
+        else:
+            with located(f"{weights.layer.name} {stack}"):
+                fitted = of_stack(Stack(stack, matrix, stats), form, seed=seed, **accepted(of_stack, options))
+            factors, errors[stack] = fitted.factors, fitted.error
+            if fitted.curve:
+                curves[stack] = list(fitted.curve)
+        tensors |= {f"{stack}_{key}": value for key, value in factors.items()}
+    return CompressedExperts(weights.layer, dict(plan.forms), tensors, errors, curves)
 
 
 def options_of(*functions: Callable) -> dict[str, inspect.Parameter]:
@@ -291,12 +244,3 @@ def _checked(where: str, value: object, parameter: inspect.Parameter) -> object:
             raise
         expected = getattr(kind, "__name__", str(kind))
         raise UserError(f"{where} must be {expected}, found {value!r}.") from None
-
-
-def gram(rows: Tensor) -> Tensor:
-    """rows (n, H) -> (H, H) float64, in blocks: a float64 copy of a wide stack would not fit beside it."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for block in rows.split(65536):
-        block = block.double()
-        total.addmm_(block.T, block)
-    return total

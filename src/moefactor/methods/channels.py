@@ -9,17 +9,20 @@ its mean, a constant at the expert's output (MoNE, arXiv 2507.00390), and C is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..allocate import LayerOffers, Offer
-from ..experts import CompressedExperts, ExpertLayer, ExpertWeights
+from ..experts import CompressedExperts, ExpertWeights
+from ..fitting.channels import importance, kept_biases, ragged_forms
+from ..fitting.stack import Stack, relative_error
 from ..forms import Ragged
 from ..plan import LayerPlan
 from ..stats import LayerStats
-from .base import Method, Stack, options_of, relative_error
+from .base import offering
 
 Widths = Literal["expert", "layer", "model"]
 # Of the mean diagonal, times 1 + 64/tokens: experts with few tokens keep their own columns.
@@ -41,40 +44,17 @@ def offers(
         # Every expert's k-th best channel goes together.
         whole = price * layer.experts
         units = [Offer("experts", whole, layer.intermediate, whole * layer.intermediate, gains=gains.sum(0))]
-    constants = tuple(range(layer.experts)) if intercept else ()
-
-    def plan(bought: list[int]) -> LayerPlan:
-        kept = tuple(bought) if widths == "expert" else (bought[0],) * layer.experts
-        return LayerPlan(layer, ragged_forms(layer, kept), intercept=constants)
-
-    fixed = layer.bias_count + len(constants) * layer.hidden
-    return LayerOffers(layer, fixed, tuple(units), plan, equal=widths == "model")
+    fixed = layer.bias_count + (layer.experts * layer.hidden if intercept else 0)
+    notes = {"widths": widths, "intercept": intercept}
+    return LayerOffers(layer, fixed, tuple(units), {}, equal=widths == "model", notes=notes)
 
 
-def ragged_forms(layer: ExpertLayer, widths: tuple[int, ...]) -> dict[str, Ragged]:
-    """The forms of a layer whose experts kept `widths` channels each."""
-    halves = len(layer.projections) - 1
-    first = Ragged(layer.experts, halves * layer.intermediate, layer.hidden, widths=widths, halves=halves)
-    return {
-        layer.first_stack: first,
-        "down": Ragged(layer.experts, layer.intermediate, layer.hidden, widths=widths),
-    }
-
-
-def importance(weights: ExpertWeights, stats: LayerStats, shrinkage: float = 0.0) -> Tensor:
-    """(E, I) float64: the estimated rise of the loss, summed over the calibration tokens, when a channel goes.
-
-    ½ Σ_t h_k² · d_kᵀ G_e d_k, G_e the mean of ∇ ∇ᵀ over the expert's tokens, drawn to a multiple of the identity by
-    `shrinkage`.
-    """
-    count = stats.count.clamp(min=1).view(-1, 1)
-    scores = torch.empty(weights.down.shape[0], weights.down.shape[2], dtype=torch.float64, device=weights.down.device)
-    for expert, down in enumerate(weights.down):
-        d = down.double()  # (H, I)
-        gradient = stats.output_gradient[expert].double()
-        own = (d * (gradient @ d)).sum(0)
-        scores[expert] = (1 - shrinkage) * own + shrinkage * gradient.diagonal().mean() * d.square().sum(0)
-    return 0.5 * stats.hidden_square.double() * scores / count
+def build(offers: LayerOffers, bought: Sequence[int]) -> LayerPlan:
+    """As many channels of each expert as were bought, of all of them alike where one width was."""
+    layer = offers.layer
+    kept = tuple(bought) if offers.notes["widths"] == "expert" else (bought[0],) * layer.experts
+    constants = tuple(range(layer.experts)) if offers.notes["intercept"] else ()
+    return LayerPlan(layer, ragged_forms(layer, kept), intercept=constants)
 
 
 def factorise(
@@ -130,26 +110,15 @@ def refitted_down(stack: Stack, expert: int, channels: Tensor, *, refit: bool, c
     return rows, constant
 
 
-def kept_biases(weights: ExpertWeights, expert: int, channels: Tensor, intermediate: int) -> Tensor:
-    """(2I or I,): the biases of the channels left, in their order, zeros behind them."""
-    parts = []
-    for bias in (weights.gate_bias, weights.up_bias):
-        if bias is not None:
-            full = torch.zeros(intermediate, dtype=bias.dtype, device=bias.device)
-            full[: len(channels)] = bias[expert][channels]
-            parts.append(full)
-    return torch.cat(parts)
-
-
-METHOD = Method(
+METHOD = offering(
     "channels",
     "intermediate channels removed by their Fisher cost, down refitted",
     "HEAPr, ICLR 2026; intercept: MoNE, arXiv 2507.00390",
-    __doc__,
     offers,
     factorise,
-    options_of(offers, factorise),
+    description=__doc__,
+    rule="loss",
+    build=build,
     plan_needs=lambda options: {"output_gradient", "hidden_square"},
     factorise_needs=lambda options: {"output_gradient", "hidden_square", "hidden_moment"},
-    allocation="loss",
 )

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..allocate import Offer
 from ..errors import UserError
+from ..fitting.stack import Stack, stack_error
 from ..forms import BasePlusDelta, Form, SharedBasis, SharedPrivate
 from ..forms.base import Factors
-from .base import Fitted, Stack, StackOffers, lift, stack_error
+from .base import Fitted, StackOffers, lift
 from .shared_basis import factorise as factorise_shared
 from .svd import per_expert_offers
 from .whitened_svd import factorise as factorise_whitened
@@ -46,17 +47,13 @@ def offers(stack: Stack, *, shared: Shared = "none", base_pruning: float = 0.0, 
         one, each = (hidden, width) if on_hidden else (width, hidden)
         unit = Offer(stack.name, one + experts * each, min(one, experts * each), experts * width * hidden)
 
-        def form(ranks: list[int]) -> Form:
-            if on_hidden:
-                return SharedBasis(experts, width, hidden, groups=(tuple(range(experts)),), ranks=tuple(ranks))
-            return SharedPrivate(experts, width, hidden, rank=ranks[0])
-
+        form: Form = SharedPrivate(experts, width, hidden, rank=1)
+        if on_hidden:
+            form = SharedBasis(experts, width, hidden, groups=(tuple(range(experts)),), ranks=(1,))
         inner = StackOffers([unit], form)
     return StackOffers(
         inner.offers,
-        form=lambda ranks: BasePlusDelta(
-            experts, width, hidden, delta=inner.form(ranks), kept=kept, writes=stack.writes, dynamic=dynamic
-        ),
+        form=BasePlusDelta(experts, width, hidden, delta=inner.form, kept=kept, writes=stack.writes, dynamic=dynamic),
         fixed=fixed,
     )
 

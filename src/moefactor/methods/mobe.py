@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..allocate import Offer
 from ..errors import UserError
+from ..fitting.mixture import Problem, Solution, group_starts, mixed, one_hot, solve
+from ..fitting.stack import Stack, stack_error
 from ..forms import BasisMixture
 from ..forms.base import Factors
-from .base import Fitted, Stack, StackOffers, lift, stack_error
-from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
+from .base import Fitted, StackOffers, lift
 
 Solver = Literal["varpro", "adam"]
 # Logits of a mixing that starts near one-hot: 90 % of the weight on the expert's own basis among 7. At 7 (99 %) the
@@ -50,9 +51,7 @@ def offers(
     )
     return StackOffers(
         [unit],
-        form=lambda bought: BasisMixture(
-            experts, width, hidden, bases=bought[0], rank=rank, activation=activation, groups=expert_groups
-        ),
+        form=BasisMixture(experts, width, hidden, bases=1, rank=rank, activation=activation, groups=expert_groups),
         fixed=experts * width * rank,
     )
 

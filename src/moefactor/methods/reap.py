@@ -7,16 +7,18 @@ router stays whole and a dropped expert gives a constant, its mean output (MoNE,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..allocate import LayerOffers, Offer
 from ..experts import CompressedExperts, ExpertWeights
+from ..fitting.channels import ragged_forms
 from ..forms import Dense
 from ..plan import LayerPlan
 from ..stats import LayerStats
-from .base import Method, options_of
-from .channels import ragged_forms
+from .base import offering
 
 
 def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: bool = False) -> LayerOffers:
@@ -35,18 +37,23 @@ def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: b
         in_blocks=False,
     )
 
-    def plan(bought: list[int]) -> LayerPlan:
-        kept = best_in_groups(saliency(stats), groups, bought[0])
-        if not intercept:
-            forms = {
-                name: Dense(len(kept), layer.stack_width(name), layer.hidden) for name in layer.stacks((), joint=True)
-            }
-            return LayerPlan(layer, forms, kept=kept)
-        widths = tuple(layer.intermediate if e in kept else 0 for e in range(layer.experts))
-        dropped = tuple(e for e in range(layer.experts) if e not in kept)
-        return LayerPlan(layer, ragged_forms(layer, widths), intercept=dropped)
+    notes = {"scores": saliency(stats).tolist(), "groups": groups, "intercept": intercept}
+    return LayerOffers(layer, fixed, (unit,), {}, equal=True, notes=notes)
 
-    return LayerOffers(layer, fixed, (unit,), plan, equal=True)
+
+def build(offers: LayerOffers, bought: Sequence[int]) -> LayerPlan:
+    """The best experts of every group of the router stay."""
+    layer = offers.layer
+    scores = torch.tensor(offers.notes["scores"], dtype=torch.float64)
+    kept = best_in_groups(scores, offers.notes["groups"], bought[0])
+    if not offers.notes["intercept"]:
+        stacks = layer.stacks((), joint=True)
+        return LayerPlan(
+            layer, {name: Dense(len(kept), layer.stack_width(name), layer.hidden) for name in stacks}, kept=kept
+        )
+    widths = tuple(layer.intermediate if e in kept else 0 for e in range(layer.experts))
+    dropped = tuple(e for e in range(layer.experts) if e not in kept)
+    return LayerPlan(layer, ragged_forms(layer, widths), intercept=dropped)
 
 
 def saliency(stats: LayerStats) -> Tensor:
@@ -81,14 +88,15 @@ def factorise(
     return CompressedExperts(plan.layer, dict(plan.forms), tensors)
 
 
-METHOD = Method(
+METHOD = offering(
     "reap",
     "whole experts dropped by their routed output, the router cut: a standard checkpoint",
     "REAP, arXiv 2510.13999; intercept: MoNE, arXiv 2507.00390",
-    __doc__,
     offers,
     factorise,
-    options_of(offers, factorise),
+    description=__doc__,
+    rule="uniform",
+    build=build,
     plan_needs=lambda options: {"routing"},
     factorise_needs=lambda options: {"hidden_square"} if options["intercept"] else set(),
 )

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..fitting.descent import Kept, descend
+from ..fitting.linalg import effective_rank, gram, spectrum, top_eigenvectors
+from ..fitting.stack import Stack, stack_error
 from ..forms import SharedBasis, SparseResidual
-from ..linalg import effective_rank, spectrum, top_eigenvectors
-from .base import Fitted, Stack, StackOffers, gram, lift, stack_error
+from .base import Fitted, StackOffers, lift
 from .shared_basis import Group, consecutive, grouped_offers
 
 
@@ -56,9 +58,7 @@ def offers(
     sizes = tuple(max(1, round(residual * len(g) * width * hidden)) for g in groups)
     return StackOffers(
         inner.offers,
-        form=lambda bought: SparseResidual(
-            experts, width, hidden, inner=inner.form(bought), groups=tuple(groups), sizes=sizes, seed=seed
-        ),
+        form=SparseResidual(experts, width, hidden, inner=inner.form, groups=tuple(groups), sizes=sizes, seed=seed),
         fixed=sum(sizes),
     )
 
@@ -99,18 +99,15 @@ def _refine(weights: Tensor, basis: Tensor, *, steps: int, rate: float) -> tuple
     private = private.contiguous().requires_grad_()
     optimiser = torch.optim.Adam([raw, private], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=0.02 * rate)
-    best, state = float("inf"), None
-    for _ in range(steps + 1):
-        activated = torch.nn.functional.silu(raw)
-        loss = (target - private @ activated).square().mean()
-        if loss.item() < best:
-            best, state = loss.item(), (activated.detach().clone(), private.detach().clone())
-        optimiser.zero_grad()
+    kept = Kept(lambda: {"basis": torch.nn.functional.silu(raw), "private": private})
+
+    def gradient() -> float:
+        loss = (target - private @ torch.nn.functional.silu(raw)).square().mean()
         loss.backward()
-        optimiser.step()
-        schedule.step()
-    activated, private = state
-    return activated, private * scale
+        return loss.item()
+
+    descend(optimiser, schedule, gradient, kept, steps=steps + 1)
+    return kept.state["basis"], kept.state["private"] * scale
 
 
 def _frequency(stack: Stack) -> Tensor:
@@ -143,7 +140,7 @@ METHOD = lift(
     description=__doc__,
     joint=False,
     projections=("gate", "up"),
-    allocation="score",
+    rule="score",
     plan_needs=lambda options: (
         {"routing"} if options["grouping"] == "frequency" or options["score"] in ("fused", "frequency") else set()
     ),

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..allocate import Offer
 from ..errors import UserError
+from ..fitting.linalg import gram, spectrum, top_eigenvectors, weighted_least_squares, whitening
+from ..fitting.stack import Stack, stack_error
 from ..forms import SharedBasis
-from ..linalg import spectrum, top_eigenvectors, weighted_least_squares, whitening
-from .base import Fitted, Stack, StackOffers, gram, lift, stack_error
+from .base import Fitted, StackOffers, lift
 
 Group = tuple[int, ...]
 
@@ -46,7 +47,7 @@ def grouped_offers(
             )
             for group, limit, gain, score in zip(groups, limits, gains, scores or [1.0] * len(groups), strict=True)
         ],
-        form=lambda ranks: SharedBasis(experts, width, hidden, groups=tuple(groups), ranks=tuple(ranks)),
+        form=SharedBasis(experts, width, hidden, groups=tuple(groups), ranks=(1,) * len(groups)),
     )
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..allocate import Offer
 from ..errors import UserError
+from ..fitting.mixture import Problem, solve
+from ..fitting.stack import Stack, stack_error
 from ..forms import BasisMixture
 from ..forms.basis_mixture import ACTIVATIONS, pack_bases
-from .base import Fitted, Stack, StackOffers, lift, stack_error
-from .mixture import Problem, solve
+from .base import Fitted, StackOffers, lift
 from .mobe import Solver, metrics
 
 RATES = {"varpro": 0.03, "adam": 0.1}
@@ -44,9 +45,7 @@ def offers(stack: Stack, *, bases: int = 0, rank: int = 0, activation: Literal["
     )
     return StackOffers(
         [unit],
-        form=lambda bought: BasisMixture(
-            experts, width, hidden, bases=count, rank=rank, activation=activation, basis_rank=bought[0]
-        ),
+        form=BasisMixture(experts, width, hidden, bases=count, rank=rank, activation=activation, basis_rank=1),
         fixed=experts * (width * rank + count),
     )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 
 from ..allocate import Offer
+from ..fitting.linalg import truncated_svd
+from ..fitting.stack import Stack, stack_error
 from ..forms import SharedBasis, low_rank
-from ..linalg import truncated_svd
-from .base import Fitted, Stack, StackOffers, lift, stack_error
+from .base import Fitted, StackOffers, lift
 
 
 def offers(stack: Stack) -> StackOffers:
@@ -28,7 +29,7 @@ def per_expert_offers(stack: Stack, whitened: torch.Tensor) -> StackOffers:
             Offer(stack.name, width + hidden, min(width, hidden), width * hidden, gains=energy[e].cpu())
             for e in range(experts)
         ],
-        form=lambda ranks: low_rank(experts, width, hidden, tuple(ranks)),
+        form=low_rank(experts, width, hidden, (1,) * experts),
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from ..fitting.linalg import truncated_svd, whitening
+from ..fitting.stack import Stack, stack_error
 from ..forms import SharedBasis
-from ..linalg import truncated_svd, whitening
-from .base import Fitted, Stack, StackOffers, lift, stack_error
+from .base import Fitted, StackOffers, lift
 from .svd import per_expert_offers
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import quiet, resolve
-from ..discover import find_experts
+from .. import models  # noqa: F401 (registers what transformers lacks)
 from ..errors import UserError
-from .experts import FactorisedExperts
 from .format import QUANT_METHOD, layer_plans
+from .module import FactorisedExperts
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -40,6 +39,8 @@ class MoefactorQuantizer(HfQuantizer):
     requires_calibration = True  # only compressed checkpoints are loaded; compressing is `moefactor compress`
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> None:
+        from ..discover import find_experts  # which may be what is importing transformers right now
+
         layers = find_experts(model, model.config.name_or_path or type(model).__name__)
         for plan in layer_plans(vars(self.quantization_config), layers):
             parent_name, _, leaf = plan.layer.name.rpartition(".")
@@ -63,6 +64,9 @@ class MoefactorQuantizer(HfQuantizer):
         model.config.experts_implementation = QUANT_METHOD
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
+        for module in model.modules():
+            if isinstance(module, FactorisedExperts):
+                module.lay_out()
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -87,9 +91,3 @@ def _only_factorised(module: nn.Module, *args: object, **kwargs: object) -> torc
 
 # Makes the name in config.json valid once the package is imported; FactorisedExperts does not dispatch through it.
 ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, _only_factorised)
-
-
-def load(name: str, *, device: torch.device | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A model, dense or compressed, whole on one device, as the other verbs use it."""
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, device_map=str(device)).eval()

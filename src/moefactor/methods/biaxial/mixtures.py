@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .metrics import Cut, Metrics
-from .mixture import Problem, Solution, group_starts, mixed, one_hot, solve
+from ...fitting.metrics import Cut, Metrics
+from ...fitting.mixture import Problem, Solution, group_starts, mixed, one_hot, solve
 
 Side = Literal["first", "down"]
 # The highest rank of the short fits, over the mean number of channels kept; and over the hidden size, near which a fit

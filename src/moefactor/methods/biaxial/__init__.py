@@ -1,8 +1,8 @@
 """biaxial: the budget spent on both axes of an expert, in one currency, the estimated rise of the model's loss.
 
 Along the *intermediate* axis, private to an expert, channels are taken out; along the *hidden* axis, which experts
-share, bases are kept. What a channel or a direction costs is the loss's second-order rise (metrics.py); how much to
-spend on which, over all layers, is a search over tables of candidates (biaxial_plan.py). Three forms:
+share, bases are kept. What a channel or a direction costs is the loss's second-order rise (fitting/metrics.py); how
+much to spend on which, over all layers, is a search over tables of candidates (planning.py). Three forms:
 
 - `fast`: one linear basis a layer and projection. Nothing is rebuilt at run time.
 - `linear`: where it pays, a mixture of bases, Ŵ_e = A_e · Σ_j α_ej B_j. Each basis works on a token once; nothing is
@@ -19,24 +19,23 @@ norm of the loss gradient there. Nothing else of the model moves, and held-out t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..experts import CompressedExperts, ExpertWeights
-from ..forms import BasisMixture, Latent
-from ..linalg import weighted_least_squares
-from ..plan import LayerPlan
-from ..stats import LayerStats
-from .base import Method, options_of
-from .biaxial_mixture import fit_mixture, mixture_problem
-from .biaxial_plan import FormName, plan_layers, ragged_of
-from .channels import kept_biases
-from .metrics import Cut, Metrics, relative_first_error, solve_down
-from .mixture import mixed
-from .refine import LayerTokens, refine
+from ...allocate import Budget
+from ...errors import UserError, located
+from ...experts import CompressedExperts, ExpertWeights
+from ...fitting.channels import kept_biases
+from ...fitting.linalg import weighted_least_squares
+from ...fitting.metrics import Cut, Metrics, relative_first_error, solve_down
+from ...fitting.mixture import mixed
+from ...fitting.refine import LayerTokens, refine
+from ...forms import BasisMixture, Form, Latent
+from ...plan import LayerPlan
+from ...stats import LayerStats
+from ..base import Method, options_of
+from .mixtures import fit_mixture, mixture_problem
+from .planning import SHARES, FormName, Table, layer_table, plan_tables
 
 NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient"})
 # Metrics.prior of the prices, from the ratio DOUBTFUL up; below, it falls with the square. What goes first is what no
@@ -45,31 +44,34 @@ DOUBT, DOUBTFUL = 0.1, 0.4
 # Without text, channels go at so much of the ratio, in every layer alike: relative errors can't tell what they are
 # worth beside directions, and a search over them took out too many. Tried on one model, 0.07 to 0.3 at five ratios.
 BLIND_CHANNELS = 1 / 3
+# Of the noise that breaks ties in the short fits. One for all layers and runs: a plan does not depend on the seed.
+PROBING_SEED = 0
 
 
-def planner(
-    layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, ratio: float, multiple: int,
-    seed: int, tick: Callable[[], None], form: FormName = "fast", shrinkage: float = 0.5, doubt: float = -1.0,
-    channel_share: float = -1.0, data_free: bool = False,
-) -> tuple[list[LayerPlan], float]:  # fmt: skip
-    """The cheapest plan by estimated loss, and that loss summed over the calibration tokens.
+def price(
+    weights: ExpertWeights, stats: LayerStats | None, budget: Budget, *, seed: int, form: FormName = "fast",
+    shrinkage: float = 0.5, doubt: float = -1.0, channel_share: float = -1.0, data_free: bool = False,
+) -> Table:  # fmt: skip
+    """What the layer can become, and what each of it is estimated to cost.
 
     Args:
-        ratio: removed share that the budget stands for.
         doubt: weight of the unseen when the budget is spent (Metrics.prior); negative: DOUBT, by the ratio. See
             factorise for `shrinkage`.
         channel_share: share of every layer's channels to take out; negative: the best of a grid, layer by layer, or
             without text BLIND_CHANNELS.
     """
     if doubt < 0:
-        doubt = DOUBT * min(1.0, ratio / DOUBTFUL) ** 2
+        doubt = DOUBT * min(1.0, budget.ratio / DOUBTFUL) ** 2
     if data_free and channel_share < 0:
-        channel_share = BLIND_CHANNELS * ratio
-    seen = ((weights, None if data_free else stats) for weights, stats in layers)
-    return plan_layers(
-        seen, budget, form=form, multiple=multiple, seed=seed, fit_prior=_fraction("shrinkage", shrinkage),
-        plan_prior=_fraction("doubt", doubt), channel_share=channel_share, tick=tick,
-    )  # fmt: skip
+        channel_share = BLIND_CHANNELS * budget.ratio
+    seen = None if data_free else stats
+    with located(weights.layer.name):
+        return layer_table(
+            Metrics(weights, seen, _fraction("shrinkage", shrinkage)),
+            Metrics(weights, seen, _fraction("doubt", doubt)),
+            SHARES if channel_share < 0 else (channel_share,), form, budget.block(weights.layer.hidden),
+            PROBING_SEED,
+        )  # fmt: skip
 
 
 def factorise(
@@ -138,11 +140,12 @@ def refit(
 
 def _cut(weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, shrinkage: float) -> Cut:
     metrics = Metrics(weights, stats, _fraction("shrinkage", shrinkage))
-    return Cut.of(metrics, metrics.prices(), list(ragged_of(plan.forms["down"]).widths))
+    return Cut.of(metrics, metrics.prices(), list(plan.forms["down"].rows().widths))
 
 
-def _private(form: object, stack: str) -> str:
-    return f"{stack}_private" if isinstance(form, BasisMixture) else f"{stack}_weight"
+def _private(form: Form, stack: str) -> str:
+    """The tensor that has a row for every channel left."""
+    return f"{stack}_private" if form.mixes_bases else f"{stack}_weight"
 
 
 def _down_tensors(cut: Cut, plan: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,12 +175,14 @@ METHOD = Method(
     "channels taken out and bases shared, priced in the model's loss; refined layer by layer",
     "moefactor's own",
     __doc__,
-    None,
-    factorise,
-    options_of(planner, factorise, refit),
+    price=price,
+    priced=Table.from_json,
+    plan=plan_tables,
+    factorise=factorise,
+    options=options_of(price, factorise, refit),
     plan_needs=lambda options: set() if options["data_free"] else set(NEEDS),
     factorise_needs=lambda options: set() if options["data_free"] else set(NEEDS),
-    planner=planner,
+    rule=None,
     refit=refit,
     own_text=0.5,
 )

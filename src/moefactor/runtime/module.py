@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import ExpertLayer
-from ..forms import Form, Routing
+from ..forms import INT32, Form
 from ..plan import LayerPlan
+from .kernels import Kernel, Routing, Setting, choose
 
 # What nn.Module itself keeps in an instance; everything else is the architecture's own (limits, alphas, sizes).
 _MODULE_STATE = frozenset(vars(nn.Module()))
@@ -19,15 +20,17 @@ class FactorisedExperts(nn.Module):
     """Routed experts kept as factors: `experts(x, top_k_index, top_k_weights)`, routing already done.
 
     Parameters are `{stack}_{tensor}` of the plan's forms, plus `first_bias` and `down_bias` where the model has biases.
-    No dense expert is built for one basis, low rank and linear mixtures; other forms rebuild at most those hit.
+    How each stack is run is up to its kernel (kernels/), chosen by form, device and dtype.
     """
 
     def __init__(self, plan: LayerPlan, dtype: torch.dtype):
         super().__init__()
         self.layer: ExpertLayer = plan.layer
         self.forms: dict[str, Form] = plan.forms
-        shapes = {f"{stack}_{name}": s for stack, form in plan.forms.items() for name, s in form.shapes().items()}
-        indices = {f"{stack}_{name}" for stack, form in plan.forms.items() for name in form.integers()}
+        self._kernels: dict[tuple[torch.device, torch.dtype], dict[str, Kernel]] = {}
+        specs = {f"{stack}_{name}": s for stack, form in plan.forms.items() for name, s in form.tensors().items()}
+        shapes = {name: spec.shape for name, spec in specs.items()}
+        indices = {name for name, spec in specs.items() if spec.dtype == INT32}
         if self.layer.biased:
             first = self.layer.first_stack
             shapes["first_bias"] = (self.layer.experts, self.layer.stack_width(first))
@@ -53,8 +56,8 @@ class FactorisedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routing = Routing(top_k_index, top_k_weights, self.layer.experts)
-        activations = self._activate(self._first(hidden_states, routing))
-        down, factors = self.forms["down"], self._factors("down")
+        activations = self.activate(self._first(hidden_states, routing))
+        down, factors = self.kernels["down"], self._factors("down")
         if not self.has_post_expert_norm:
             out = down.write_combined(factors, activations, routing)
             if self.layer.biased or self.intercept_ids:
@@ -69,11 +72,11 @@ class FactorisedExperts(nn.Module):
     def _first(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """(pairs, 2I) gate then up, or (pairs, I) up, biases added."""
         names = [name for name in ("gate_up", "gate", "up") if name in self.forms]
-        parts = [self.forms[name].read(self._factors(name), hidden_states, routing) for name in names]
+        parts = [self.kernels[name].read(self._factors(name), hidden_states, routing) for name in names]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return out + self.first_bias[routing.expert] if self.layer.biased else out
 
-    def _activate(self, first: Tensor) -> Tensor:
+    def activate(self, first: Tensor) -> Tensor:
         if not self.layer.gated:
             return self.act_fn(first)
         if not self.layer.concatenated:
@@ -98,8 +101,25 @@ class FactorisedExperts(nn.Module):
         constants = self._constants()
         return share.to(constants.dtype) @ constants
 
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """The kernel of each stack for the device and dtype that the factors have now."""
+        at = next(p for p in self.parameters(recurse=False) if p.is_floating_point())
+        key = (at.device, at.dtype)
+        if key not in self._kernels:
+            setting = Setting.at(*key)
+            self._kernels[key] = {stack: choose(form, setting) for stack, form in self.forms.items()}
+        return self._kernels[key]
+
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Lets the kernels lay their weights out, once after loading."""
+        for stack, kernel in self.kernels.items():
+            for name, tensor in kernel.laid_out(self._factors(stack)).items():
+                getattr(self, f"{stack}_{name}").data = tensor.data
+
     def _factors(self, stack: str) -> dict[str, Tensor]:
-        return {name: getattr(self, f"{stack}_{name}") for name in self.forms[stack].shapes()}
+        return {name: getattr(self, f"{stack}_{name}") for name in self.forms[stack].tensors()}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {type(form).__name__}" for name, form in self.forms.items())

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..experts import ExpertWeights
-from ..linalg import weighted_error
 from ..stats import LayerStats
-from .base import Stack
 from .channels import importance
+from .linalg import weighted_error
+from .stack import Stack
 
 RIDGE = 1e-2  # of the mean diagonal, times 1 + 64/tokens: experts with few tokens keep their own columns
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,13 +23,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, file_digest, refuse_existing, resolve
-from .errors import UserError, unknown
-from .forms import BasisMixture
-from .optimise import Soap, falling
+from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, refuse_existing, resolve
+from .errors import NotFinite, UserError, unknown
+from .files import file_digest, locked, replacing
+from .fitting.descent import Kept, descend
+from .fitting.soap import Soap, falling
+from .loading import load
 from .progress import Progress, Steps, silent
-from .runtime.experts import FactorisedExperts
-from .runtime.transformers import load
+from .runtime.module import FactorisedExperts
 from .streaming import checked_device, compute_dtype
 from .text import kept_windows, load_tokenizer, model_length, read_text, sources, tokenise, windows, write_windows
 
@@ -101,6 +101,18 @@ def heal(
         raise UserError(f"The rate must be above 0, found {rate}.")
     if train not in get_args(Trained):
         raise unknown("choice of what to train", train, get_args(Trained))
+    place = _run_of(output, run)
+    with locked(place.with_name(f".{place.name}.heal.lock"), str(place)):
+        return _heal(
+            student, teacher, output, folder, place, steps=steps, text=text, seqlen=seqlen, rate=rate, labels=labels,
+            train=train, seed=seed, device=device, progress=progress,
+        )  # fmt: skip
+
+
+def _heal(
+    student: str | Path, teacher: str, output: Path, folder: Path, place: Path, *, steps: int, text: str | None,
+    seqlen: int | None, rate: float, labels: float, train: Trained, seed: int, device: torch.device, progress: Progress,
+) -> Healing:  # fmt: skip
     model = load(str(student), device=device, dtype=torch.float32)
     blocks = [m for m in model.modules() if isinstance(m, FactorisedExperts)]
     if not blocks:
@@ -113,7 +125,6 @@ def heal(
     if dense.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise UserError(f"{teacher}: has another vocabulary than {student}; give the model it was made from.")
     length = model_length(model.config, seqlen)
-    place = _run_of(output, run)
     # Of text of its own, half of what will be read, and never too little to hold some out.
     own = min(OWN_WINDOWS, max(HELD_OUT, steps * max(1, BATCH // length) // 2))
     every = _windows(dense, folder, text, length, own, seed, place / OWN_TEXT, progress)
@@ -122,7 +133,7 @@ def heal(
     if aside < 1:
         raise UserError(f"{text}: {len(every)} windows of {length} tokens are too few to heal on; 10 at least.")
     held, seen = every[order[:aside].sort().values], every[order[aside:].sort().values]
-    if any(isinstance(form, BasisMixture) for block in blocks for form in block.forms.values()):
+    if any(form.mixes_bases for block in blocks for form in block.forms.values()):
         rate *= MIXTURES
     rate *= min(1.0, math.sqrt(MANY / steps))
     rates = dict.fromkeys(trainable(model, held[:1].to(device)), rate)
@@ -133,7 +144,7 @@ def heal(
     given = hashlib.sha256(every.numpy().tobytes()).hexdigest()
     about = [*map(file_digest, files), steps, rate, labels, train, seed, length, given]
     healing = job.go(held, hashlib.sha256(repr(about).encode()).hexdigest(), progress)
-    _write(folder, model, job.best, output, healing)
+    _write(folder, model, job.kept.state, output, healing)
     job.forget()
     return healing
 
@@ -186,14 +197,17 @@ class _Healing:
         self.file = run / "heal.pt"
         model.requires_grad_(False)
         self.parameters = {n: p.requires_grad_() for n, p in model.named_parameters() if n in rates and p.numel()}
-        self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
-        self.step, self.best_step = 0, 0
+        self.kept = Kept(lambda: self.parameters)
+        self.step = 0
         self.batch = max(1, BATCH // seen.shape[1])
 
     def go(self, held: Tensor, key: str, progress: Progress) -> Healing:
         steps = Steps(progress, STAGE, self.steps)
         left = self._left(key)
         self.validation = [tuple(e) for e in left["validation"]] if left else [(0, self._held_out(held))]
+        if not math.isfinite(self.validation[0][1]):
+            raise NotFinite("the divergence of the compressed model from the dense one, before healing")
+        self.kept.offer(self.validation[0][1], 0)  # the unhealed state is a candidate
         far = math.sqrt(self.validation[0][1])
         self.optimiser = Soap((p, far * self.rates[n]) for n, p in self.parameters.items())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -202,24 +216,31 @@ class _Healing:
         if left:
             self._resume(left)
         steps.skip(self.step)
-        while self.step < self.steps and not self._stuck():
-            self._learn()
+
+        def learn() -> float:
+            loss = self._learn()
             self.step += 1
-            if self.step % LOOK == 0 or self.step == self.steps:
-                self._look(held, key)
             first, last = self.validation[0][1], self.validation[-1][1]
             steps.detail = f"held out {last:.4f} nats from the dense model, {first:.4f} at first"
             steps.tick()
-        return Healing(self.step, self.best_step, self.step * self.batch * self.seen.shape[1], self.validation)
+            return loss
 
-    def _learn(self) -> None:
+        descend(
+            self.optimiser, self.schedule, learn, self.kept, steps=self.steps, start=self.step,
+            look=lambda: self._held_out(held), every=LOOK, looked=lambda step, now: self._looked(step, now, key),
+            stop=self._stuck,
+        )  # fmt: skip
+        return Healing(self.step, self.kept.step, self.step * self.batch * self.seen.shape[1], self.validation)
+
+    def _learn(self) -> float:
+        """Leaves the gradients of this step's windows on the parameters; returns the objective."""
         text, ids = self._windows()
-        labels = self.labels / (1 + self._place[0])
-        self.optimiser.zero_grad()
+        labels, total = self.labels / (1 + self._place[0]), 0.0
         for own, part in zip(self._parts(text), self._parts(ids), strict=True):
-            (self._objective(own, part, labels).sum() / ids.numel()).backward()
-        self.optimiser.step()
-        self.schedule.step()
+            loss = self._objective(own, part, labels).sum() / ids.numel()
+            loss.backward()
+            total += loss.item()
+        return total
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -286,36 +307,31 @@ class _Healing:
     def _held_out(self, held: Tensor) -> float:
         return torch.cat([self._divergence(part).cpu() for part in self._parts(held)]).mean().item()
 
-    def _look(self, held: Tensor, key: str) -> None:
-        now = self._held_out(held)
-        if now < min(value for _, value in self.validation):
-            self.best, self.best_step = {n: p.detach().clone() for n, p in self.parameters.items()}, self.step
-        elif not now <= OVERSHOT * self.validation[0][1]:
+    def _looked(self, step: int, now: float, key: str) -> None:
+        if self.kept.step != step and not now <= OVERSHOT * self.validation[0][1]:
             self._slow_down()
-        self.validation.append((self.step, now))
+        self.validation.append((step, now))
         state = {
-            "key": key, "step": self.step, "best_step": self.best_step, "validation": self.validation,
-            "best": self.best, "parameters": {n: p.detach() for n, p in self.parameters.items()},
+            "key": key, "step": step, "best_step": self.kept.step, "validation": self.validation,
+            "best": self.kept.state, "parameters": {n: p.detach() for n, p in self.parameters.items()},
             "optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict(),
         }  # fmt: skip
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.file)
+        with replacing(self.file) as partial:
+            torch.save(state, partial)
 
     @torch.no_grad()
     def _slow_down(self) -> None:
         """Much worse than unhealed: back to the best state, at a third of the rate."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.best[name])
+            parameter.copy_(self.kept.state[name])
         self.optimiser.state.clear()
         self.schedule.base_lrs = [rate / 3 for rate in self.schedule.base_lrs]
         for group in self.optimiser.param_groups:
             group["lr"] /= 3
 
-    def _stuck(self) -> bool:
+    def _stuck(self, step: int) -> bool:
         patience = max(PATIENCE * self.steps, 4 * LOOK)  # a short healing would else end unseen
-        return self.step - max(self.best_step, self.steps // 2) >= patience
+        return step - max(self.kept.step, self.steps // 2) >= patience
 
     def _left(self, key: str) -> dict | None:
         """The state on disk when the same healing left it; any other is left behind."""
@@ -334,7 +350,9 @@ class _Healing:
             parameter.copy_(state["parameters"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
+        self.step = state["step"]
+        self.kept.state, self.kept.step = state["best"], state["best_step"]
+        self.kept.value = min(value for _, value in self.validation)
 
     def forget(self) -> None:
         for name in (self.file.name, OWN_TEXT):

@@ -5,19 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import NotFinite
+
 
 def whitening(moment: Tensor) -> tuple[Tensor, Tensor]:
     """S and S⁻¹ with S Sᵀ = moment (n, n), S lower triangular.
 
-    The ridge grows tenfold from 1e-10 of the mean diagonal until the Cholesky factorisation succeeds.
+    The ridge grows tenfold from 1e-10 of the mean diagonal until the Cholesky factorisation succeeds, which it does
+    before the ridge is as large as the moment. Raises NotFinite.
     """
+    if not moment.isfinite().all():
+        raise NotFinite("a second moment")
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    level = float(moment.diagonal().abs().mean())
     ridge = 0.0
-    while True:
+    while ridge <= 1e3 * level + 1.0:
         factor, info = torch.linalg.cholesky_ex(moment + ridge * eye)
         if info == 0:
             return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
-        ridge = max(10 * ridge, float(1e-10 * moment.diagonal().abs().mean()), 1e-30)
+        ridge = max(10 * ridge, 1e-10 * level, 1e-30)
+    raise NotFinite("the Cholesky factor of a second moment")
 
 
 def effective_rank(singular_values: Tensor) -> float:
@@ -63,3 +70,12 @@ def weighted_least_squares(target: Tensor, basis: Tensor, moment: Tensor) -> Ten
 def weighted_error(difference: Tensor, moment: Tensor) -> Tensor:
     """tr D C Dᵀ, the mean squared output error of a difference (m, n) under inputs of second moment C (n, n)."""
     return (difference @ moment * difference).sum()
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rows (n, H) -> (H, H) float64, in blocks: a float64 copy of a wide stack would not fit beside it."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block in rows.split(65536):
+        block = block.double()
+        total.addmm_(block.T, block)
+    return total

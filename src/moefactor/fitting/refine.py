@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import NotFinite
 from ..experts import CompressedExperts, ExpertLayer
-from ..forms import Routing
+from ..routing import Routing
+from .descent import Kept, descend
 
 RATE = 0.006  # of each tensor's root mean square
 BATCH = 4096  # tokens a step
@@ -91,23 +93,23 @@ def refine(
         with torch.no_grad():
             return sum(error(part).item() for part in held.split(PART)) / len(held)
 
-    best, state, curve = held_out(), None, []
+    before = held_out()
+    if not math.isfinite(before):
+        raise NotFinite("the error of the layer's output on held-out tokens, before refining")
+    kept = Kept(lambda: dict(module.named_parameters()), before)
+
+    def gradient() -> float:
+        chosen = seen[torch.randint(len(seen), (min(BATCH, len(seen)),), generator=generator).to(seen.device)]
+        total = 0.0
+        for part in chosen.split(PART):
+            loss = error(part) / len(chosen)
+            loss.backward()
+            total += loss.item()
+        return total
+
     with torch.enable_grad():
-        for step in range(steps):
-            chosen = seen[torch.randint(len(seen), (min(BATCH, len(seen)),), generator=generator).to(seen.device)]
-            optimiser.zero_grad()
-            curve.append(0.0)
-            for part in chosen.split(PART):
-                loss = error(part) / len(chosen)
-                loss.backward()
-                curve[-1] += loss.item()
-            optimiser.step()
-            schedule.step()
-            if (step + 1) % LOOK == 0 or step + 1 == steps:
-                now = held_out()
-                if now < best:
-                    best, state = now, {n: p.detach().clone() for n, p in module.named_parameters()}
-    if state is None:
+        curve = descend(optimiser, schedule, gradient, kept, steps=steps, look=held_out, every=LOOK)
+    if kept.state is None:
         return compressed
-    tensors = {name: state.get(name, tensor) for name, tensor in compressed.tensors.items()}
+    tensors = {name: kept.state.get(name, tensor) for name, tensor in compressed.tensors.items()}
     return replace(compressed, tensors=tensors, curves=compressed.curves | {"refine": curve})

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import NotFinite, UserError
 from ..forms.basis_mixture import ACTIVATIONS
 
 RIDGE = 1e-5  # of the mean diagonal of B C Bᵀ; smaller ones made single experts blow up between steps
@@ -50,7 +50,9 @@ class Problem:
         ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
         ridge = ridge.clamp(min=1e-30)
         normal = normal + torch.diag_embed(ridge.unsqueeze(1).expand(-1, normal.shape[1]))
-        factor = torch.linalg.cholesky_ex(normal).L
+        factor, info = torch.linalg.cholesky_ex(normal)
+        if info.any():
+            factor = _lifted_cholesky(normal, info)
         return torch.cholesky_solve((self.weights @ metric).transpose(1, 2), factor).transpose(1, 2)
 
     def loss(self, private: Tensor, bases: Tensor) -> Tensor:
@@ -66,6 +68,18 @@ class Problem:
         if self.left is None:
             return rows
         return self.left.unsqueeze(-1) * rows if self.left.ndim == 2 else self.left @ rows
+
+
+def _lifted_cholesky(normal: Tensor, info: Tensor) -> Tensor:
+    """Of (E, r, r) matrices some of which rounding has left indefinite: those get a ridge, tenfold until it serves."""
+    level = normal.diagonal(dim1=1, dim2=2).mean(1).abs().view(-1, 1, 1)
+    eye = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
+    for power in range(-4, 2):
+        lifted = normal + 10.0**power * (info != 0).view(-1, 1, 1) * level * eye
+        factor, still = torch.linalg.cholesky_ex(lifted)
+        if not still.any():
+            return factor
+    raise NotFinite("the least-squares solution of a mixture of bases")
 
 
 @dataclass

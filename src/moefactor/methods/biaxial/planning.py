@@ -11,21 +11,20 @@ The loss of channels and of one basis is in closed form; that of a mixture is fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..experts import ExpertLayer, ExpertWeights
-from ..forms import BasisMixture, Form, Latent, Ragged
-from ..plan import LayerPlan
-from ..stats import LayerStats
-from .biaxial_mixture import RANKS, MixturePrices, Side, highest_rank, mixture_prices
-from .channels import ragged_forms
-from .metrics import Cut, Metrics
+from ...allocate import Alternative, Budget, Planned, Slot, improve, knapsack
+from ...errors import UserError
+from ...experts import ExpertLayer
+from ...fitting.channels import ragged_forms
+from ...fitting.metrics import Cut, Metrics
+from ...forms import BasisMixture, Form, Latent
+from ...plan import LayerPlan
+from .mixtures import RANKS, MixturePrices, Side, highest_rank, mixture_prices
 
 FormName = Literal["fast", "linear", "tight"]
 MIXING = {"linear": "identity", "tight": "silu"}  # form -> activation of its mixtures; `fast` has none
@@ -48,7 +47,7 @@ class Candidate:
     activation: str = "silu"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """A layer with some of its channels taken out.  removed: what that costs the loss.  offers: of each stack."""
 
@@ -56,58 +55,86 @@ class Row:
     removed: float
     offers: dict[str, list[Candidate]]
 
-
-@dataclass
-class Choice:
-    row: Row
-    chosen: dict[str, Candidate]
-
-    @property
-    def cost(self) -> int:
-        return sum(candidate.cost for candidate in self.chosen.values())
-
-    @property
-    def loss(self) -> float:
-        return self.row.removed + sum(candidate.loss for candidate in self.chosen.values())
+    def alternative(self) -> Alternative:
+        slots = [
+            Slot(
+                torch.tensor([c.cost for c in cs], dtype=torch.float64),
+                torch.tensor([c.loss for c in cs], dtype=torch.float64),
+            )
+            for cs in self.offers.values()
+        ]
+        return Alternative(self.removed, slots)
 
 
-def plan_layers(
-    layers: Iterable[tuple[ExpertWeights, LayerStats | None]], budget: int, *, form: FormName, multiple: int, seed: int,
-    fit_prior: float, plan_prior: float, channel_share: float, tick: Callable[[], None],
-) -> tuple[list[LayerPlan], float]:  # fmt: skip
-    """The plans and the loss they are expected to cost, summed over the calibration tokens.
+@dataclass(frozen=True)
+class Table:
+    """What a layer can become: its rows, and what each channel costs when it goes alone, (E, I)."""
 
-    Args:
-        fit_prior, plan_prior: Metrics.prior of what will be fitted, and of what is believed when it comes to spending.
-        channel_share: of every layer's channels to take out; negative: the best for each layer.
-    """
-    tables: list[list[Row]] = []
-    shapes: list[ExpertLayer] = []
-    prices: list[Tensor] = []
-    for weights, stats in layers:
-        layer = weights.layer
-        fitted, believed = Metrics(weights, stats, fit_prior), Metrics(weights, stats, plan_prior)
-        shares = SHARES if channel_share < 0 else (channel_share,)
-        tables.append(_table(fitted, believed, shares, form, multiple, seed))
-        prices.append(fitted.prices().cpu())
-        shapes.append(layer)
-        tick()
-    budget -= sum(layer.bias_count for layer in shapes)
-    choices = _spend(tables, budget)
-    if not choices:
-        least = sum(min(_least(row) for row in table) for table in tables)
-        least += sum(layer.bias_count for layer in shapes)
-        reach = math.floor(1000 * (1 - least / sum(layer.parameter_count for layer in shapes))) / 1000
-        raise UserError(f"biaxial: this ratio can't be reached; the highest with these options is {reach:.3f}.")
-    left = budget - sum(choice.cost for choice in choices)
-    _improve(tables, choices, left)
-    widths = [list(choice.row.widths) for choice in choices]
-    _buy_channels(shapes, choices, widths, prices, budget - sum(choice.cost for choice in choices))
-    plans = [
-        LayerPlan(layer, forms_of(layer, tuple(kept), choice.chosen))
-        for layer, kept, choice in zip(shapes, widths, choices, strict=True)
+    layer: ExpertLayer
+    rows: list[Row]
+    prices: Tensor
+
+    def to_json(self) -> dict:
+        rows = [
+            {**vars(row), "offers": {stack: [[*vars(c).values()] for c in cs] for stack, cs in row.offers.items()}}
+            for row in self.rows
+        ]
+        return {"rows": rows, "prices": self.prices.tolist()}
+
+    @classmethod
+    def from_json(cls, layer: ExpertLayer, data: dict) -> Table:
+        rows = [
+            Row(**{**row, "offers": {stack: [Candidate(*c) for c in cs] for stack, cs in row["offers"].items()}})
+            for row in data["rows"]
+        ]
+        return cls(layer, rows, torch.tensor(data["prices"], dtype=torch.float64))
+
+
+def plan_tables(tables: list[Table], budget: Budget) -> Planned:
+    """The plans of least estimated loss, channels that are left over bought back last."""
+    available = budget.parameters - sum(table.layer.bias_count for table in tables)
+    choices = knapsack([[row.alternative() for row in table.rows] for table in tables], available)
+    if choices is None:
+        raise UserError(
+            f"biaxial: this ratio can't be reached; the highest with these options is {_highest_ratio(tables):.3f}."
+        )
+    rows = [table.rows[index] for table, (index, _) in zip(tables, choices, strict=True)]
+    chosen = [
+        {stack: cs[i] for (stack, cs), i in zip(row.offers.items(), indices, strict=True)}
+        for row, (_, indices) in zip(rows, choices, strict=True)
     ]
-    return plans, sum(choice.loss for choice in choices)
+    left = available - sum(candidate.cost for stacks in chosen for candidate in stacks.values())
+    widths = _buy_channels(tables, rows, chosen, left)
+    plans = [
+        LayerPlan(table.layer, forms_of(table.layer, tuple(kept), stacks))
+        for table, kept, stacks in zip(tables, widths, chosen, strict=True)
+    ]
+    lost = sum(row.removed + sum(c.loss for c in stacks.values()) for row, stacks in zip(rows, chosen, strict=True))
+    return Planned(plans, lost)
+
+
+def _highest_ratio(tables: list[Table]) -> float:
+    least = sum(min(sum(min(c.cost for c in cs) for cs in row.offers.values()) for row in t.rows) for t in tables)
+    least += sum(table.layer.bias_count for table in tables)
+    return math.floor(1000 * (1 - least / sum(table.layer.parameter_count for table in tables))) / 1000
+
+
+def _buy_channels(
+    tables: list[Table], rows: list[Row], chosen: list[dict[str, Candidate]], left: int
+) -> list[list[int]]:
+    """The widths once the dearest channels are back, for a parameter, as many as the budget holds."""
+    slots = []
+    for table, row, stacks in zip(tables, rows, chosen, strict=True):
+        layer = table.layer
+        each = sum(
+            (len(layer.projections) - 1 if stack != "down" else 1) * (candidate.rank or layer.hidden)
+            for stack, candidate in stacks.items()
+        )
+        for prices, width in zip(table.prices.sort(dim=1, descending=True).values, row.widths, strict=True):
+            lost = torch.cat((prices.new_zeros(1), prices[width:].flip(0).cumsum(0))).flip(0)
+            slots.append(Slot(each * torch.arange(len(lost), dtype=torch.float64), lost.double()))
+    more = iter(improve(slots, [0] * len(slots), left))
+    return [[width + next(more) for width in row.widths] for row in rows]
 
 
 def forms_of(layer: ExpertLayer, widths: tuple[int, ...], chosen: dict[str, Candidate]) -> dict[str, Form]:
@@ -127,21 +154,14 @@ def forms_of(layer: ExpertLayer, widths: tuple[int, ...], chosen: dict[str, Cand
     return forms
 
 
-def ragged_of(form: Form) -> Ragged:
-    """The part of a form of `forms_of` that has a row for every channel left."""
-    if isinstance(form, Latent):
-        return form.inner
-    if isinstance(form, BasisMixture):
-        return Ragged(form.experts, form.width, form.rank, widths=form.widths, halves=form.halves)
-    return form
-
-
 # -- the table of a layer --------------------------------------------------------------------------------------------
 
 
-def _table(
+def layer_table(
     fitted: Metrics, believed: Metrics, shares: tuple[float, ...], form: FormName, multiple: int, seed: int
-) -> list[Row]:
+) -> Table:
+    """fitted, believed: the metrics of what will be fitted, and of what is believed when it comes to spending.
+    shares: of the layer's channels to take out, a row for each."""
     layer = fitted.layer
     prices, energy = fitted.prices(), believed.first_energy()
 
@@ -170,7 +190,7 @@ def _table(
                 offers[stack] += _mixtures(layer, halves, kept, whole, foretold[side], side, multiple, MIXING[form])
             offers[stack] = _front(offers[stack])
         rows.append(Row(widths, removed, offers))
-    return rows
+    return Table(layer, rows, prices.cpu())
 
 
 def widths_at(prices: Tensor, share: float) -> list[int]:
@@ -233,99 +253,3 @@ def _front(candidates: list[Candidate]) -> list[Candidate]:
 
 def _ranks(multiple: int, most: int) -> range:
     return range(min(multiple, most), most + 1, multiple) if most >= 1 else range(0)
-
-
-# -- spending ----------------------------------------------------------------------------------------------------------
-
-
-def _spend(tables: list[list[Row]], budget: int) -> list[Choice]:
-    """The cheapest choices in loss that fit the budget at one price of a parameter; [] where none do."""
-    arrays = [
-        [
-            (
-                row,
-                {
-                    stack: (torch.tensor([c.loss for c in cs]), torch.tensor([float(c.cost) for c in cs]), cs)
-                    for stack, cs in row.offers.items()
-                },
-            )
-            for row in table
-        ]
-        for table in tables
-    ]
-
-    def at(price: float) -> list[Choice]:
-        found = []
-        for table in arrays:
-            best, value = None, math.inf
-            for row, stacks in table:
-                total, chosen = row.removed, {}
-                for stack, (losses, costs, candidates) in stacks.items():
-                    values = losses + price * costs
-                    index = int(values.argmin())
-                    total += float(values[index])
-                    chosen[stack] = candidates[index]
-                if total < value:
-                    best, value = Choice(row, chosen), total
-            found.append(best)
-        return found
-
-    def cost(choices: list[Choice]) -> int:
-        return sum(choice.cost for choice in choices)
-
-    worst = max(row.removed + sum(c.loss for cs in row.offers.values() for c in cs) for t in tables for row in t)
-    low, high = 0.0, max(worst, 1e-30)  # a whole layer's loss for one parameter: everything goes
-    if cost(at(low)) <= budget:
-        return at(low)
-    if cost(at(high)) > budget:
-        return []
-    for _ in range(100):
-        middle = math.sqrt(low * high) if low > 0 else high * 1e-12
-        if cost(at(middle)) > budget:
-            low = middle
-        else:
-            high = middle
-        if low > 0 and high / low < 1 + 1e-9:
-            break
-    return at(high)
-
-
-def _improve(tables: list[list[Row]], choices: list[Choice], left: int) -> None:
-    """Spends what is left on the candidates, of the rows chosen, that gain most for a parameter."""
-    while True:
-        best = None
-        for choice in choices:
-            for stack, current in choice.chosen.items():
-                for candidate in choice.row.offers[stack]:
-                    more, gain = candidate.cost - current.cost, current.loss - candidate.loss
-                    if 0 < more <= left and gain > 0 and (best is None or gain / more > best[0]):
-                        best = (gain / more, choice, stack, candidate, more)
-        if best is None:
-            return
-        _, choice, stack, candidate, more = best
-        choice.chosen[stack] = candidate
-        left -= more
-
-
-def _buy_channels(
-    layers: list[ExpertLayer], choices: list[Choice], widths: list[list[int]], prices: list[Tensor], left: int
-) -> None:
-    """Puts the dearest channels back, for a parameter, while the budget lasts."""
-    queue = []
-    for number, (layer, choice, kept, price) in enumerate(zip(layers, choices, widths, prices, strict=True)):
-        each = sum(
-            (len(layer.projections) - 1 if stack != "down" else 1) * (candidate.rank or layer.hidden)
-            for stack, candidate in choice.chosen.items()
-        )
-        order = price.sort(dim=1, descending=True).values
-        for expert, width in enumerate(kept):
-            queue += [(float(value) / each, number, expert, each) for value in order[expert, width:]]
-    # Within an expert prices fall, so a prefix of its queue is bought.
-    for _, number, expert, each in sorted(queue, key=lambda entry: -entry[0]):
-        if each <= left:
-            widths[number][expert] += 1
-            left -= each
-
-
-def _least(row: Row) -> int:
-    return sum(min(candidate.cost for candidate in candidates) for candidates in row.offers.values())

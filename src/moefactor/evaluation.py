@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, resolve
 from .discover import is_fused_experts
+from .loading import load
 from .progress import Progress, Steps, silent
-from .runtime.experts import FactorisedExperts
-from .runtime.transformers import load
+from .runtime.module import FactorisedExperts
 from .streaming import checked_device
 from .text import load_tokenizer, model_length, read_text, tokenise, windows
 

@@ -1,0 +1,88 @@
+"""A model compressed, and healed where asked: all stages in order, from one call."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from .checkpoint import refuse_existing
+from .files import locked
+from .healing import heal as distil
+from .progress import Progress, silent
+from .run_folder import RunFolder
+from .stages import Recipe, Run
+from .streaming import StreamedModel, default_device
+from .text import with_own
+
+
+def compress(
+    model: str,
+    method: str = "biaxial",
+    ratio: float = 0.4,
+    output: str | Path = "compressed",
+    *,
+    calibration: str | None = None,
+    own_text: float | None = None,
+    samples: int = 256,
+    seqlen: int | None = None,
+    seed: int = 0,
+    sequential: bool = True,
+    allocation: str | None = None,
+    rank_multiple: int | None = None,
+    device: torch.device | str | None = None,
+    heal: int = 0,
+    run: str | Path | None = None,
+    progress: Progress = silent,
+    **options: object,
+) -> Path:
+    """Compresses a model's routed experts and writes a checkpoint that plain `from_pretrained` loads.
+
+    Args:
+        model: folder or hub name.
+        method: a name of moefactor.METHODS; `options` are that method's.
+        ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
+        output: folder to write; it must not exist.
+        calibration: text file, folder or dataset; `self` for text that the model writes, `FILE,self` for half of each;
+            None for `self` with biaxial, text that every Python has otherwise. `samples` windows of `seqlen` tokens are
+            drawn from it by `seed`.
+        own_text: share of them that the model writes itself, so that text of one kind does not mislead; None for the
+            method's own (biaxial: half, or all where no text is given, if the model fits in memory).
+        sequential: calibrate each layer on what the factorised layers before it give.
+        allocation: `uniform`, `score` or `loss`; None for the method's own.
+        device: CUDA when there is one unless said otherwise.
+        heal: steps of distillation from the dense model afterwards, see heal.py; both models must fit in memory. Where
+            the model wrote a share of the calibration text, healing reads text of its own too.
+        run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
+            run continues from it when the same call is made again.
+
+    Raises UserError (a ValueError) for anything that the caller can mend.
+
+    >>> moefactor.compress("Qwen/Qwen3-30B-A3B", method="rfid", ratio=0.4, output="qwen3-40")
+    """
+    output = Path(output).expanduser()
+    refuse_existing(output)
+    recipe = Recipe.of(
+        method, options, ratio=ratio, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple,
+        calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen, seed=seed,
+    )  # fmt: skip
+    streamed = StreamedModel(model, default_device() if device is None else device)
+    folder = RunFolder(run or output.with_name(output.name + ".run"))
+    work = Run(streamed, recipe, folder, progress)
+    work.check()
+    with locked(output.with_name(f".{output.name}.lock"), str(output)), folder.opened(streamed):
+        work.text  # noqa: B018 (read now: bad text fails before anything is written)
+        written = folder.folder / "unhealed" if heal else output
+        if written != output:
+            shutil.rmtree(written, ignore_errors=True)  # written again from the journal, which costs nothing
+        work.all(written)
+        if heal:
+            distil(
+                written, model, output, steps=heal, text=with_own(calibration) if work.own_share else calibration,
+                seqlen=seqlen, seed=seed, device=streamed.device, run=folder.folder, progress=progress,
+            )  # fmt: skip
+            shutil.rmtree(written)
+    if run is None:
+        shutil.rmtree(folder.folder)
+    return output

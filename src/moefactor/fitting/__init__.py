@@ -1,0 +1,1 @@
+"""Mathematics that methods share: linear algebra, metrics of the loss, solvers, the loop that keeps the best."""

@@ -1,0 +1,63 @@
+"""The (token, expert) pairs of one call, sorted by expert, and back."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Routing:
+    """The (token, expert) pairs of one call, sorted by expert.
+
+    Args:
+        top_k_index: (tokens, k) expert ids; ids >= experts mean "skip" and get weight 0.
+        top_k_weights: (tokens, k).
+    """
+
+    def __init__(self, top_k_index: Tensor, top_k_weights: Tensor, experts: int):
+        self.experts = experts
+        self.tokens, self.top_k = top_k_index.shape
+        ids = top_k_index.reshape(-1)
+        weights = top_k_weights.reshape(-1)
+        skipped = ids >= experts
+        # Clamped rather than cut: a data-dependent shape would break torch.compile and CUDA graphs.
+        ids = ids.clamp(max=experts - 1)
+        weights = weights.masked_fill(skipped, 0)
+        self.expert, self.order = torch.sort(ids, stable=True)  # (pairs,)
+        self.token = self.order // self.top_k  # (pairs,)
+        self.weight = weights[self.order]  # (pairs,)
+        every = torch.arange(experts, device=ids.device, dtype=ids.dtype)
+        # Not bincount, which asks a GPU for the largest id and so waits for it.
+        self.offsets = torch.searchsorted(self.expert, every, right=True).int()  # (experts,) end of each expert's rows
+        self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))  # (experts,)
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Rows of each expert on the host; one synchronisation on a GPU, only for forms that loop."""
+        ends = self.offsets.tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """(pairs,) where each pair of the tokens' order lies in the experts' order."""
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(places), device=places.device)
+        return places
+
+    def split(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        """Each expert's rows. All at once: a slice apiece would cost a backward pass as many gradients of the whole."""
+        return pairs.split([end - start for start, end in self.bounds])
+
+    def by_token(self, pairs: Tensor) -> Tensor:
+        """(pairs, …) in the experts' order -> (T, k, …)."""
+        return pairs.index_select(0, self._places).unflatten(0, (self.tokens, self.top_k))
+
+    def combine(self, pairs: Tensor) -> Tensor:
+        """Σ over a token's experts of weight · row: (pairs, H) -> (tokens, H).
+
+        Reshape and sum rather than index_add_: deterministic on CUDA, float32 accumulation in bfloat16.
+        """
+        weighted = pairs * self.weight.unsqueeze(-1).to(pairs.dtype)
+        return self.by_token(weighted).sum(dim=1)

@@ -1,0 +1,94 @@
+"""How forms are run. `KERNELS` is the table: for each form the ways to run it, the fastest first, the reference last.
+
+Each says what it can serve (device, dtype, shapes), and why not in words. A new kernel is a class and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from ...forms import Form
+from ...routing import Routing
+from .base import Kernel
+from .basis_mixture import BasisMixtureKernel
+from .composed import BasePlusDeltaKernel, LatentKernel, SparseResidualKernel
+from .dense import DenseKernel, RaggedKernel
+from .grouped import grouped_hindrance, grouped_linear, looped_linear
+from .reference import Rebuilt
+from .setting import Setting
+from .shared_basis import SharedBasisKernel, SharedPrivateKernel
+
+__all__ = ["KERNELS", "Kernel", "Routing", "Setting", "Way", "choose", "why_not"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a form.
+
+    name: for people.  build: (form, setting) -> Kernel.  hindrance: (form, setting) -> why it can't, or None.
+    """
+
+    name: str
+    build: Callable[[Form, Setting], Kernel]
+    hindrance: Callable[[Form, Setting], str | None]
+
+
+def _always(form: Form, setting: Setting) -> None:
+    return None
+
+
+def _ways(kernel: type[Kernel]) -> tuple[Way, ...]:
+    """A kernel whose products can be grouped or looped."""
+    return (
+        Way("grouped GEMM", partial(kernel, linear=grouped_linear), grouped_hindrance),
+        Way("a loop over experts", partial(kernel, linear=looped_linear), _always),
+        REFERENCE,
+    )
+
+
+def _around(kernel: type[Kernel], inner: str) -> tuple[Way, ...]:
+    """A kernel around the best one of the form in the field `inner`."""
+
+    def build(form: Form, setting: Setting) -> Kernel:
+        return kernel(form, setting, choose(getattr(form, inner), setting))
+
+    return (Way(f"around {inner}", build, _always), REFERENCE)
+
+
+REFERENCE = Way("experts rebuilt", Rebuilt, _always)
+KERNELS: dict[str, tuple[Way, ...]] = {
+    "dense": _ways(DenseKernel),
+    "ragged": _ways(RaggedKernel),
+    "shared_basis": _ways(SharedBasisKernel),
+    "shared_private": _ways(SharedPrivateKernel),
+    "basis_mixture": _ways(BasisMixtureKernel),
+    "latent": _around(LatentKernel, "inner"),
+    "base_plus_delta": _around(BasePlusDeltaKernel, "delta"),
+    "sparse_residual": _around(SparseResidualKernel, "inner"),
+}
+
+
+def way(form: Form, setting: Setting) -> Way:
+    """The first of the form's ways that nothing hinders; the reference serves everything."""
+    return next(way for way in KERNELS[form.name] if way.hindrance(form, setting) is None)
+
+
+def choose(form: Form, setting: Setting) -> Kernel:
+    """The kernel that runs a form here."""
+    return way(form, setting).build(form, setting)
+
+
+def why_not(form: Form, setting: Setting) -> list[tuple[str, str]]:
+    """(way, why it can't serve here) of those that would be faster than the chosen one, inner forms included."""
+    found = []
+    for candidate in KERNELS[form.name]:
+        hindrance = candidate.hindrance(form, setting)
+        if hindrance is None:
+            break
+        found.append((candidate.name, hindrance))
+    for inner in ("inner", "delta"):
+        if isinstance(getattr(form, inner, None), Form):
+            found += why_not(getattr(form, inner), setting)
+    return found

@@ -1,0 +1,167 @@
+"""The stages of a run in one place: what each needs, reads and writes, in which order, and what makes it the same run.
+
+| stage | needs | writes |
+|---|---|---|
+| calibrate | the text; the whole model, a layer at a time | RUN/calibration.json, RUN/stats |
+| plan | the experts' weights; statistics, where the method plans by them | RUN/plan.json |
+| factorise | the plan; statistics or the text; weights | RUN/layers, RUN/journal.json |
+| write | the journal's layers; the rest of the weights | the checkpoint |
+
+`compress`, `compare` and the command line call these and repeat none of it. Every stage can be run alone and again; a
+killed one goes on where it was; each refuses what belongs to other weights, options, text or mathematics.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from .calibrate import Calibration, calibrate, own_share
+from .errors import UserError
+from .factorise import factorise
+from .methods import Method, get
+from .plan import Plan
+from .planning import budget_of, make_plan
+from .progress import Progress, silent
+from .run_folder import RunFolder
+from .stats import GRADIENTS
+from .streaming import StreamedModel
+from .write import write_checkpoint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method and everything that decides what it makes of a model, checked.
+
+    Args:
+        options: the method's own, complete.
+        ratio: fraction of the routed experts' parameters to remove; None before planning.
+        sequential: calibrate each layer on what the factorised layers before it give.
+        allocation, rank_multiple: see make_plan.
+        calibration: text file, folder or dataset, see Calibration.read.
+        own_text: share of it that the model writes itself; None for the method's own.
+    """
+
+    method: Method
+    options: dict
+    ratio: float | None = None
+    sequential: bool = True
+    allocation: str | None = None
+    rank_multiple: int | None = None
+    calibration: str | None = None
+    own_text: float | None = None
+    samples: int = 256
+    seqlen: int | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, method: str, options: dict, **rest: object) -> Recipe:
+        """Raises UserError for a method or an option that there is not."""
+        chosen = get(method)
+        return cls(chosen, chosen.complete(options), **rest)
+
+    @property
+    def reads_text(self) -> bool:
+        return bool(self.method.plan_needs(self.options) or self.method.factorise_needs(self.options))
+
+    @property
+    def all_statistics(self) -> set[str]:
+        """Those that any stage reads, one on the dense model, the other on what is left of it."""
+        return self.method.needs_to_plan(self.options, self.allocation) | self.method.factorise_needs(self.options)
+
+    @property
+    def statistics(self) -> set[str]:
+        """Those of the dense model that must be there before planning and factorising."""
+        later = self.method.factorise_needs(self.options)
+        if self.sequential:
+            later = later & GRADIENTS
+        return self.method.needs_to_plan(self.options, self.allocation) | later
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe at work on a model, in a run folder."""
+
+    model: StreamedModel
+    recipe: Recipe
+    folder: RunFolder
+    progress: Progress = silent
+
+    def check(self) -> None:
+        """Raises UserError for what can be known to be wrong before anything is read."""
+        if self.recipe.ratio is not None:
+            budget_of(self.model, self.recipe.ratio, self.recipe.allocation, self.recipe.rank_multiple)
+        self.recipe.statistics  # noqa: B018 (an allocation that the method does not take)
+
+    @cached_property
+    def own_share(self) -> float:
+        """Share of the windows that the model writes itself; none for a method that reads no text."""
+        recipe = self.recipe
+        if not recipe.reads_text:
+            if recipe.own_text:
+                raise UserError(f"{recipe.method.name} reads no text; leave --own-text out.")
+            return 0.0
+        return own_share(recipe.method, self.model, recipe.own_text, recipe.calibration)
+
+    @cached_property
+    def text(self) -> Calibration | None:
+        """The calibration text, read once; None for a method that reads none."""
+        recipe = self.recipe
+        if not recipe.reads_text:
+            if recipe.calibration is not None:
+                raise UserError(f"{recipe.method.name} reads no text; leave --calibration out.")
+            return None
+        return Calibration.read(
+            self.model, recipe.calibration, samples=recipe.samples, seqlen=recipe.seqlen, seed=recipe.seed,
+            own=self.own_share, kept=self.folder.own_text, progress=self.progress,
+        )  # fmt: skip
+
+    def calibrate(self, statistics: set[str] | None = None) -> None:
+        """`statistics`: which to collect; None for those that the recipe needs. None are needed: nothing is done."""
+        needs = self.recipe.statistics if statistics is None else statistics
+        if needs:
+            calibrate(self.model, self.folder, self.text, needs, progress=self.progress)
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        return make_plan(
+            self.model, recipe.method, recipe.options, recipe.ratio, run=self.folder, allocation=recipe.allocation,
+            rank_multiple=recipe.rank_multiple, seed=recipe.seed, progress=self.progress,
+        )  # fmt: skip
+
+    def factorise(self, plan: Plan) -> None:
+        text = self.text if self.recipe.sequential and self.recipe.method.factorise_needs(self.recipe.options) else None
+        factorise(
+            self.model, plan, self.recipe.method, self.folder, calibration=text, sequential=self.recipe.sequential,
+            progress=self.progress,
+        )  # fmt: skip
+
+    def write(self, plan: Plan, output: Path, command: str | None = None) -> None:
+        with self.folder.opened(self.model):
+            write_checkpoint(self.model, plan, self.folder, output, command or self.command(output))
+
+    def all(self, output: Path) -> Plan:
+        """The stages in order."""
+        with self.folder.opened(self.model):
+            self.calibrate()
+            plan = self.plan()
+            self.folder.write_plan(plan)
+            self.factorise(plan)
+            self.write(plan, output)
+        return plan
+
+    def command(self, output: Path) -> str:
+        """What was typed, or could have been."""
+        recipe = self.recipe
+        start = (
+            f"moefactor compress {shlex.quote(self.model.name)} --method {recipe.method.name} --ratio {recipe.ratio}"
+        )
+        return f"{start} -o {shlex.quote(output.name)}"
+
+
+def planned_recipe(plan: Plan, **rest: object) -> tuple[Recipe, Plan]:
+    """The recipe of a plan that was read from a file, and the plan with its options complete."""
+    recipe = Recipe.of(plan.method, plan.options, ratio=plan.ratio, **rest)
+    return recipe, replace(plan, options=recipe.options)
