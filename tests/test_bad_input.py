@@ -37,7 +37,11 @@ def refused(command: Callable, tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def compress(refused: Callable[..., str], tmp_path: Path, text_file: Path) -> Callable[..., str]:
     def run(source: object, *arguments: object, method: str = "svd") -> str:
-        usual = ("--calibration", text_file, "--samples", 2, "--seqlen", 16)
+        usual = ("--samples", 2, "--seqlen", 16)
+        if "--calibration" not in arguments:
+            usual = (*usual, "--calibration", text_file)
+        if method in ("svd", "mobe"):  # which read no text
+            usual = ()
         return refused("compress", source, "-o", tmp_path / "out", "-m", method, *usual, *arguments)
 
     return run
@@ -208,7 +212,7 @@ def test_a_ratio_out_of_reach_says_which_is_not(
         (("--allocation", "evenly"), "Unknown allocation 'evenly'"),
         (("--rank-multiple", "0"), "--rank-multiple must be at least 1"),
         (("surplus",), "Unexpected argument 'surplus'"),
-        (("--seqlen", "500"), "Windows of 500 tokens: this model takes 128 at most"),
+        (("--method", "rfid", "--seqlen", "500"), "Windows of 500 tokens: this model takes 128 at most"),
         (("--device", "quantum"), "quantum"),
     ],
 )
@@ -245,18 +249,34 @@ def test_an_output_that_exists(source: Path, command: Callable, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "message"), [("", "the text is empty"), ("Too short.", "10 tokens are too few for one window of 16")]
 )
-@pytest.mark.parametrize("method", ["svd", "rfid"])
 def test_text_without_enough_in_it(
-    content: str, message: str, method: str, source: Path, tmp_path: Path, compress: Callable
+    content: str, message: str, source: Path, tmp_path: Path, compress: Callable
 ) -> None:
-    """Told even by a method that reads none: somebody asked for it."""
     path = tmp_path / "text.txt"
     path.write_text(content)
-    assert message in compress(source, "--calibration", path, method=method)
+    assert message in compress(source, "--calibration", path, method="rfid")
 
 
 def test_text_that_is_not_there(source: Path, tmp_path: Path, compress: Callable) -> None:
-    assert "gone.txt: no such text file or folder" in compress(source, "--calibration", tmp_path / "gone.txt")
+    message = compress(source, "--calibration", tmp_path / "gone.txt", method="rfid")
+    assert "gone.txt: no such text file or folder" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("svd", ("--calibration", "text.txt"), "svd reads no text with these options; leave --calibration out"),
+        ("svd", ("--seqlen", 16), "leave --seqlen out"),
+        ("svd", ("--own-text", 0.5), "leave --own-text out"),
+        ("biaxial", ("--own-text", 0, "--allocation", "loss"), "in its own way and takes no --allocation"),
+        ("reap", ("--rank-multiple", 4), "--rank-multiple: what this method buys (bases, experts) comes one by one"),
+        ("mobe", ("--ratio", 0.05, "--rank-multiple", 4), "--rank-multiple: what this method buys"),
+    ],
+)  # fmt: skip
+def test_options_that_a_method_does_not_read(
+    method: str, arguments: tuple, message: str, source: Path, compress: Callable
+) -> None:
+    assert message in compress(source, *arguments, method=method)
 
 
 # -- run folders ---------------------------------------------------------------------------------------------------
@@ -327,7 +347,8 @@ def test_statistics_that_were_not_collected(source: Path, refused: Callable, com
     run = tmp_path / "run"
     assert command("plan", source, "--run", run, "-m", "whitened_svd")[0] == 0
     message = refused("factorise", source, "--run", run, "-o", tmp_path / "out", "--no-sequential")
-    assert "calibrate with --method whitened_svd" in message
+    assert "Run `moefactor calibrate" in message
+    assert "--method whitened_svd` first" in message
 
 
 # -- as a process of its own ---------------------------------------------------------------------------------------

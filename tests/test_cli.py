@@ -108,6 +108,7 @@ def test_the_stages_give_what_compress_gives(
     method: str, source: Path, text_file: Path, ok: Callable, tmp_path: Path
 ) -> None:
     run, text = tmp_path / "run", ["--calibration", text_file, "--samples", 4, "--seqlen", 16]
+    text = [] if method == "svd" else text  # which reads none
     ok("calibrate", source, "--run", run, "-m", method, *STAGES[method], *text)
     ok("plan", source, "--run", run, "-m", method, "--ratio", 0.5, *STAGES[method])
     ok("factorise", source, "--run", run, "-o", tmp_path / "stages", *text)

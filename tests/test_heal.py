@@ -404,7 +404,7 @@ def test_killed_while_its_state_is_written(
 
     stop(job, steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr(heal_module.os, "replace", die)
+        patch.setattr(Path, "replace", die)
         with pytest.raises(Killed):
             moefactor.heal(**job)
     moefactor.heal(**job)

@@ -81,7 +81,7 @@ def test_another_config_is_noticed(change: dict, source: Path, text_file: Path, 
     moefactor.compress(**job(source, text_file, tmp_path))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match="a run of other weights .*config"):
+    with pytest.raises(UserError, match=r"a run of other weights .*config"):
         moefactor.compress(**job(source, text_file, tmp_path, output=tmp_path / "two"))
 
 
@@ -142,7 +142,7 @@ def test_another_version_of_the_mathematics_is_noticed(
     how = job(source, text_file, tmp_path, "channels", run=tmp_path / "run2", output=tmp_path / "out2")
     moefactor.compress(**how)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="statistics.maths"):  # calibrated anew, so its layers are others too
+    with pytest.raises(UserError, match=r"statistics\.maths"):  # calibrated anew, so its layers are others too
         moefactor.compress(**how | {"output": tmp_path / "three"}, progress=lambda stage, *rest: made.append(stage))
     assert calibrate_module.STAGE in made
 
@@ -205,7 +205,7 @@ def test_differences_are_named_by_their_place() -> None:
     assert found == ["b.c: [2], now [1]", "e: 3, now null"]
 
 
-# -- calibration and planning go on where they were ----------------------------------------------------------------------
+# -- calibration and planning go on where they were ------------------------------------------------------------------
 
 
 class Stop(BaseException):
@@ -279,7 +279,7 @@ def test_prices_of_another_question_are_not_taken(source: Path, text_file: Path,
     assert planning_module.STAGE == "plan"
 
 
-# -- numbers that aren't -------------------------------------------------------------------------------------------------
+# -- numbers that aren't ---------------------------------------------------------------------------------------------
 
 
 def test_statistics_that_are_no_numbers_stop_the_run(

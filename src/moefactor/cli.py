@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal, get_args, get_origin
 
 import typer
@@ -223,11 +224,11 @@ def calibrate(
         seqlen=seqlen, seed=seed, sequential=False,
     )  # fmt: skip
     needs = set(statistics.split(",")) if statistics else recipe.all_statistics
-    if not recipe.reads_text:
-        raise UserError(f"{method} reads no statistics with these options; go on with moefactor plan.")
+    recipe.check()
+    told = f"Wrote {run}/stats." if needs else f"{method} reads no statistics with these options."
     with Bars() as bars:
         Run(StreamedModel(model, device or default_device()), recipe, RunFolder(run), bars).calibrate(needs)
-    console.print(f"Wrote {run}/stats. Next: moefactor plan {model} --run {run} --method {method}")
+    console.print(f"{told} Next: moefactor plan {model} --run {run} --method {method}")
 
 
 @app.command(context_settings=METHOD_FLAGS)
@@ -240,8 +241,10 @@ def plan(
     recipe = Recipe.of(
         method, method_options(context.args), ratio=ratio, allocation=allocation, rank_multiple=rank_multiple, seed=seed
     )
-    with Bars() as bars:
-        work = Run(StreamedModel(model, device or default_device()), recipe, RunFolder(run), bars)
+    with Bars() as bars, TemporaryDirectory() as nowhere:
+        folder = RunFolder(nowhere if dry_run and not run.exists() else run)
+        work = Run(StreamedModel(model, device or default_device()), recipe, folder, bars)
+        work.check()
         made = work.plan()
     console.print(_plan_table(made))
     if not dry_run:
@@ -265,6 +268,7 @@ def factorise(
     )  # fmt: skip
     with Bars() as bars, locked(output.with_name(f".{output.name}.lock"), str(output)):
         work = Run(streamed, recipe, folder, bars)
+        work.check()
         work.factorise(made)
         work.write(made, output, f"moefactor factorise {model} --run RUN -o {output.name}")
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")

@@ -161,8 +161,7 @@ class _Rows:
             row = {"label": label, "ratio": ratio, "made_by": made_by, **run()}
             self.rows.append(row)
             self._write()
-        elif row["made_by"] != made_by:
-            found = "; ".join(differences(made_by, row["made_by"])[:3])
+        elif found := "; ".join(differences(made_by, row["made_by"])[:3]):
             raise UserError(
                 f"{self.path}: has a row {label!r} that was made otherwise ({found}). Choose another output."
             )

@@ -167,6 +167,7 @@ def differences(ours: object, theirs: object, where: str = "") -> list[str]:
         for key in dict.fromkeys([*theirs, *ours]):
             found += differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else str(key))
         return found
+    ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
     return [] if ours == theirs else [f"{where}: {_short(theirs)}, now {_short(ours)}"]
 
 

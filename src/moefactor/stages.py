@@ -66,6 +66,14 @@ class Recipe:
     def reads_text(self) -> bool:
         return bool(self.method.plan_needs(self.options) or self.method.factorise_needs(self.options))
 
+    def check(self) -> None:
+        """Raises UserError for options that the method does not read."""
+        self.method.needs_to_plan(self.options, self.allocation)
+        given = {"calibration": self.calibration, "own-text": self.own_text or None, "seqlen": self.seqlen}
+        for option, value in given.items():
+            if value is not None and not self.reads_text:
+                raise UserError(f"{self.method.name} reads no text with these options; leave --{option} out.")
+
     @property
     def all_statistics(self) -> set[str]:
         """Those that any stage reads, one on the dense model, the other on what is left of it."""
@@ -93,15 +101,13 @@ class Run:
         """Raises UserError for what can be known to be wrong before anything is read."""
         if self.recipe.ratio is not None:
             budget_of(self.model, self.recipe.ratio, self.recipe.allocation, self.recipe.rank_multiple)
-        self.recipe.statistics  # noqa: B018 (an allocation that the method does not take)
+        self.recipe.check()
 
     @cached_property
     def own_share(self) -> float:
         """Share of the windows that the model writes itself; none for a method that reads no text."""
         recipe = self.recipe
         if not recipe.reads_text:
-            if recipe.own_text:
-                raise UserError(f"{recipe.method.name} reads no text; leave --own-text out.")
             return 0.0
         return own_share(recipe.method, self.model, recipe.own_text, recipe.calibration)
 
@@ -110,8 +116,6 @@ class Run:
         """The calibration text, read once; None for a method that reads none."""
         recipe = self.recipe
         if not recipe.reads_text:
-            if recipe.calibration is not None:
-                raise UserError(f"{recipe.method.name} reads no text; leave --calibration out.")
             return None
         return Calibration.read(
             self.model, recipe.calibration, samples=recipe.samples, seqlen=recipe.seqlen, seed=recipe.seed,
@@ -121,7 +125,7 @@ class Run:
     def calibrate(self, statistics: set[str] | None = None) -> None:
         """`statistics`: which to collect; None for those that the recipe needs. None are needed: nothing is done."""
         needs = self.recipe.statistics if statistics is None else statistics
-        if needs:
+        if needs and self.text is not None:
             calibrate(self.model, self.folder, self.text, needs, progress=self.progress)
 
     def plan(self) -> Plan:
