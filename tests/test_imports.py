@@ -12,7 +12,7 @@ import pytest
 import moefactor
 
 SOURCE = Path(moefactor.__file__).parent
-NOUNS = {"errors", "progress", "experts", "stats", "linalg", "plan", "allocate", "forms", "optimise"}
+NOUNS = {"errors", "progress", "experts", "stats", "linalg", "plan", "allocate", "forms", "optimise", "coverage"}
 VERBS = {
     "inspect",
     "calibrate",

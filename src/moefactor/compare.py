@@ -34,7 +34,8 @@ def compare(
     model: str, contenders: list[Contender], ratios: list[float], output: str | Path, *, texts: list[str | None],
     calibration: str | None = None, samples: int = 256, seqlen: int | None = None, seed: int = 0,
     window: int | None = None, max_windows: int | None = None, device: str | None = None, dtype: str = "auto",
-    keep: bool = False, progress: Progress = silent, on_row: Callable[[dict], None] = lambda row: None,
+    keep: bool = False, text_column: str | None = None, trust_remote_code: bool = False, progress: Progress = silent,
+    on_row: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:  # fmt: skip
     """Compresses and measures; returns (and writes to OUTPUT/results.json after each) one row a run, the dense first.
 
@@ -43,16 +44,18 @@ def compare(
     Args:
         texts: to measure on, see evaluate.
         keep: leave the compressed models in OUTPUT/models.
+        text_column: of .jsonl, .parquet and datasets, to calibrate and to measure on.
+        trust_remote_code: whether code from the model's repository may run, for what transformers lacks.
         on_row: called with every row, also those that were there already.
     """
     output = Path(output).expanduser()
     for ratio in ratios:
         check_ratio(ratio)
     chosen = [(c, get(c.method), get(c.method).complete(c.options)) for c in contenders]
-    streamed = StreamedModel(model, device or default_device())
+    streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
     text = None
     if any(needs_text(method, options) for _, method, options in chosen):
-        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed)
+        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, column=text_column)
     about = {
         "model": model, "calibration": text and text.description, "texts": texts, "window": window,
         "max_windows": max_windows, "dtype": dtype,
@@ -65,8 +68,9 @@ def compare(
 
     def measured(name: str) -> dict:
         result = evaluate(
-            name, texts, window=window, max_windows=max_windows, device=device, dtype=dtype, progress=progress
-        )
+            name, texts, window=window, max_windows=max_windows, device=device, dtype=dtype, column=text_column,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
         return {**asdict(result), "mean_perplexity": result.mean_perplexity}
 
     rows.once("dense", 0.0, lambda: measured(model))

@@ -39,6 +39,8 @@ def compress(
     device: torch.device | str | None = None,
     heal: int = 0,
     run: str | Path | None = None,
+    text_column: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
     **options: object,
 ) -> Path:
@@ -49,8 +51,8 @@ def compress(
         method: a name of moefactor.METHODS; `options` are that method's.
         ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
         output: folder to write; it must not exist.
-        calibration: text file, folder or dataset; `self` for text that the model writes, `FILE,self` for half of each;
-            None for `self` with biaxial, text that every Python has otherwise. `samples` windows of `seqlen` tokens are
+        calibration: text file, .jsonl, .json, .parquet, folder or dataset; `A:2,B:1` for several with weights; `self`
+            for text that the model writes, `FILE,self` for half of each; None for `self` with biaxial, text that every Python has otherwise. `samples` windows of `seqlen` tokens are
             drawn from it by `seed`.
         own_text: share of them that the model writes itself, so that text of one kind does not mislead; None for the
             method's own (biaxial: half, or all where no text is given, if the model fits in memory).
@@ -61,6 +63,8 @@ def compress(
             the model wrote a share of the calibration text, healing reads text of its own too.
         run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
             run continues from it when the same call is made again.
+        text_column: of .jsonl, .parquet and datasets; `text`, `messages` or `prompt` with `completion` otherwise.
+        trust_remote_code: whether code from the model's repository may run, for what transformers lacks.
 
     Raises UserError (a ValueError) for anything that the caller can mend.
 
@@ -71,7 +75,7 @@ def compress(
     chosen = get(method)
     completed = chosen.complete(options)
     check_ratio(ratio)
-    streamed = StreamedModel(model, default_device() if device is None else device)
+    streamed = StreamedModel(model, default_device() if device is None else device, trust_remote_code=trust_remote_code)
     reads = needs_text(chosen, completed)
     own = own_share(chosen, streamed, own_text, calibration) if reads or own_text is not None else 0.0
     own = own if reads else 0.0  # a method that reads no text has none written either
@@ -79,8 +83,8 @@ def compress(
     text = None
     if calibration is not None or reads:  # read now: bad text fails before anything is written
         text = Calibration.read(
-            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, kept=folder.own_text,
-            progress=progress,
+            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, column=text_column,
+            kept=folder.own_text, progress=progress,
         )  # fmt: skip
     written = folder.folder / "unhealed" if heal else output
     if written != output:
@@ -92,7 +96,8 @@ def compress(
     if heal:
         distil(
             written, model, output, steps=heal, text=with_own(calibration) if own else calibration, seqlen=seqlen,
-            seed=seed, device=streamed.device, run=folder.folder, progress=progress,
+            seed=seed, device=streamed.device, run=folder.folder, column=text_column, trust_remote_code=trust_remote_code,
+            progress=progress,
         )  # fmt: skip
         shutil.rmtree(written)
     if run is None:

@@ -14,7 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import quiet, resolve
-from ..discover import find_experts
+from ..discover import find_experts, own_model, read_config
 from ..errors import UserError
 from .experts import FactorisedExperts
 from .format import QUANT_METHOD, layer_plans
@@ -89,7 +89,15 @@ def _only_factorised(module: nn.Module, *args: object, **kwargs: object) -> torc
 ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, _only_factorised)
 
 
-def load(name: str, *, device: torch.device | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A model, dense or compressed, whole on one device, as the other verbs use it."""
+def load(
+    name: str, *, device: torch.device | str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model, dense or compressed, whole on one device, as the other verbs use it. Its own code runs only where
+    transformers lacks the architecture and it is trusted; nothing is asked."""
+    folder = resolve(name)
+    config = read_config(folder, name, trust_remote_code)
+    own = own_model(config, name, trust_remote_code)
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, device_map=str(device)).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, device_map=str(device), trust_remote_code=own
+        ).eval()
