@@ -63,8 +63,8 @@ Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Fraction of the exp
 Text = Annotated[
     str | None,
     typer.Option(
-        help="Text file, .jsonl, .json, .parquet, folder, or a dataset: wikitext2, c4, ptb, or a hub name; several with "
-        "weights: A:2,B:1. 'self', alone or among them: what the model writes. Default: Python's own language "
+        help="Text file, .jsonl, .json, .parquet, folder, or a dataset: wikitext2, c4, ptb, or a hub name; several "
+        "with weights: A:2,B:1. 'self', alone or among them: what the model writes. Default: Python's own language "
         "reference, which needs no network; text like what the model will read does better.",
         show_default=False,
     ),

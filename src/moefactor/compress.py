@@ -52,8 +52,8 @@ def compress(
         ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
         output: folder to write; it must not exist.
         calibration: text file, .jsonl, .json, .parquet, folder or dataset; `A:2,B:1` for several with weights; `self`
-            for text that the model writes, `FILE,self` for half of each; None for `self` with biaxial, text that every Python has otherwise. `samples` windows of `seqlen` tokens are
-            drawn from it by `seed`.
+            for text that the model writes, `FILE,self` for half of each; None for `self` with biaxial, text that every
+            Python has otherwise. `samples` windows of `seqlen` tokens are drawn from it by `seed`.
         own_text: share of them that the model writes itself, so that text of one kind does not mislead; None for the
             method's own (biaxial: half, or all where no text is given, if the model fits in memory).
         sequential: calibrate each layer on what the factorised layers before it give.
@@ -96,8 +96,8 @@ def compress(
     if heal:
         distil(
             written, model, output, steps=heal, text=with_own(calibration) if own else calibration, seqlen=seqlen,
-            seed=seed, device=streamed.device, run=folder.folder, column=text_column, trust_remote_code=trust_remote_code,
-            progress=progress,
+            seed=seed, device=streamed.device, run=folder.folder, column=text_column,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         shutil.rmtree(written)
     if run is None:

@@ -7,6 +7,8 @@ transformers 5 stores the experts of nearly every MoE in one fused layout and ma
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,6 +39,20 @@ def own_code_refused(name: str, what: str) -> UserError:
     )
 
 
+@contextmanager
+def running_own_code(name: str, own: bool) -> Iterator[None]:
+    """Around what runs a repository's code, which raises what it likes: UserError says whose fault it was."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not own:
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{name}: the code in its repository fails ({type(error).__name__}): {reason}") from error
+
+
 def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config; UserError when the folder holds no model that transformers knows, or one that only its own
     code knows and that is not trusted. What transformers has itself is never taken from a repository."""
@@ -51,7 +67,8 @@ def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> Pre
         own = data.get("model_type") not in CONFIG_MAPPING and "AutoConfig" in (data.get("auto_map") or {})
         if own and not trust_remote_code:
             raise own_code_refused(name, f"Its architecture ({data.get('model_type')})")
-        return AutoConfig.from_pretrained(folder, trust_remote_code=own)
+        with running_own_code(name, own):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=own)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}.") from None
     except UserError:
@@ -76,7 +93,7 @@ def build_skeleton(
     """The model with every parameter on the meta device and every buffer (rotary tables) real."""
     own = own_model(config, name, trust_remote_code)
     try:
-        with init_empty_weights(include_buffers=False):
+        with running_own_code(name, own), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=own
             )

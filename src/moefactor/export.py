@@ -42,8 +42,10 @@ def export_dense(
     steps = Steps(progress, "export", len(plans))
     ours = tuple(plan.layer.name + "." for plan in plans)
     plain = json.loads((folder / "config.json").read_text())
-    for key in ("quantization_config", "experts_implementation", "auto_map"):
+    for key in ("quantization_config", "experts_implementation"):
         plain.pop(key, None)
+    if STUB in str(plain.get("auto_map")):  # not the one of a model with code of its own
+        plain.pop("auto_map")
     with CheckpointWriter(output) as writer:
         for plan in plans:
             steps.detail = plan.layer.decoder_layer

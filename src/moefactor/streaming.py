@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .checkpoint import Checkpoint, ModelReader, resolve
-from .discover import build_skeleton, decoder_layers, find_experts, read_config
+from .discover import build_skeleton, decoder_layers, find_experts, own_model, read_config
 from .errors import UserError
 from .experts import ExpertLayer, ExpertWeights
 from .forms import Routing
@@ -139,6 +139,7 @@ class StreamedModel:
         self.device = checked_device(device)
         self.folder: Path = resolve(name)
         self.config = read_config(self.folder, name, trust_remote_code)
+        self.own_code = own_model(self.config, name, trust_remote_code)  # the model's class is its repository's
         source = _quantised_source(self.config, name)
         self.stored_dtype: torch.dtype = self.config.dtype or torch.float32
         self.dtype = dtype or compute_dtype(self.stored_dtype, self.device)

@@ -14,7 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import quiet, resolve
-from ..discover import find_experts, own_model, read_config
+from ..discover import find_experts, own_model, read_config, running_own_code
 from ..errors import UserError
 from .experts import FactorisedExperts
 from .format import QUANT_METHOD, layer_plans
@@ -97,7 +97,7 @@ def load(
     folder = resolve(name)
     config = read_config(folder, name, trust_remote_code)
     own = own_model(config, name, trust_remote_code)
-    with quiet():
+    with running_own_code(name, own), quiet():
         return AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, device_map=str(device), trust_remote_code=own
         ).eval()

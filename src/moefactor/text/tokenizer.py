@@ -75,7 +75,7 @@ def check_vocabulary(ids: Tensor, tokenizer: object, vocabulary: int) -> Tensor:
         token = tokenizer.convert_ids_to_tokens(beyond)
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer makes token {beyond} ({token!r}), but the model's embedding ends "
-            f"at {vocabulary - 1}. Resize it (model.resize_token_embeddings), or take out the tokens that were added to "
-            "the tokenizer."
+            f"at {vocabulary - 1}. Resize it (model.resize_token_embeddings), or take the added tokens out of the "
+            "tokenizer."
         )
     return ids
