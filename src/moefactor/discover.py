@@ -79,9 +79,10 @@ def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> Pre
 
 def own_model(config: PretrainedConfig, name: str, trust_remote_code: bool) -> bool:
     """Whether the model's class is the repository's own; UserError where it must be and is not trusted."""
-    own = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    )
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # A class of a repository's that was loaded earlier in this process is registered like transformers' own.
+    theirs = not known or getattr(known, "__module__", "").startswith("transformers_modules.")
+    own = theirs and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if own and not trust_remote_code:
         raise own_code_refused(name, f"Its architecture ({config.model_type})")
     return own

@@ -20,19 +20,24 @@ def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> objec
     """The tokenizer of a model's folder. One with code of its own only if that is trusted; nothing is asked."""
     folder = Path(folder)
     own = _own_class(folder)
-    if own and not trust_remote_code:
-        raise own_code_refused(str(folder), f"Its tokenizer ({own})")
+    refused = own_code_refused(str(folder), f"Its tokenizer ({own})")
+    # tokenizer.json is a whole tokenizer in the library's own format, whatever class wraps it.
+    if own and not trust_remote_code and not (folder / "tokenizer.json").is_file():
+        raise refused
+    trusted = bool(own) and trust_remote_code
     # Read here, since of a config with code of its own only what transformers lacks is wanted.
-    config = read_config(folder, str(folder), trust_remote_code) if own and (folder / "config.json").is_file() else None
+    config = read_config(folder, str(folder), True) if trusted and (folder / "config.json").is_file() else None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=bool(own), **({"config": config} if own else {}))
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trusted)
     except Exception as error:  # the library and a repository's own code raise what they like
+        if own and not trusted and "trust_remote_code" in str(error):
+            raise refused from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: no tokenizer that transformers can load: {reason}") from None
 
 
 def _own_class(folder: Path) -> str | None:
-    """The class of a tokenizer that only the repository's own code can be."""
+    """The class of a tokenizer that is the repository's own, not one of transformers'."""
     path = folder / "tokenizer_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -43,9 +48,7 @@ def _own_class(folder: Path) -> str | None:
     if not named:
         return None
     ordinary = config.get("tokenizer_class")
-    known = ordinary and (tokenizer_class_from_name(ordinary) or tokenizer_class_from_name(f"{ordinary}Fast"))
-    # tokenizer.json is a whole tokenizer in the library's own format, whatever class wraps it.
-    if known or (folder / "tokenizer.json").is_file():
+    if ordinary and (tokenizer_class_from_name(ordinary) or tokenizer_class_from_name(f"{ordinary}Fast")):
         return None
     return next((str(name) for name in ([named] if isinstance(named, str) else named) if name), None)
 
