@@ -9,7 +9,8 @@ from ..errors import UserError
 
 # The columns that are looked for, in this order; --text-column names another.
 CHATS = ("messages", "conversations")
-COLUMNS = ("text", *CHATS, "prompt", "completion")
+PAIR = ("prompt", "completion")
+COLUMNS = ("text", *CHATS, *PAIR)
 EXPECTED = "a field 'text', 'messages', or 'prompt' and 'completion' (--text-column names another)"
 # ShareGPT's names for roles.
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
@@ -23,11 +24,8 @@ def documents_of(rows: Iterable[object], where: str, column: str | None, tokeniz
         column: that holds the text or the conversation; None for the first of COLUMNS that is there.
         tokenizer: whose chat template writes conversations; None for their bare contents.
     """
-    return [
-        text
-        for number, row in enumerate(rows, 1)
-        if (text := _document(row, f"{where}, row {number}", column, tokenizer))
-    ]
+    found = (_document(row, f"{where}, row {number}", column, tokenizer) for number, row in enumerate(rows, 1))
+    return [text for text in found if text]
 
 
 def _document(row: object, where: str, column: str | None, tokenizer: object | None) -> str:
@@ -35,16 +33,13 @@ def _document(row: object, where: str, column: str | None, tokenizer: object | N
         return _clean(row)  # a list of texts
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object with {EXPECTED}.")
+    if column is None and not any(name in row for name in COLUMNS):
+        raise UserError(f"{where}: expected {EXPECTED}, found {_names(row)}.")
     if column is not None and column not in row:
         raise UserError(f"{where}: there is no column {column!r}; it has {_names(row)}.")
-    chosen = column or next((name for name in COLUMNS if row.get(name) is not None), None)
-    if chosen == "prompt" or (chosen == "completion" and column is None):
-        return _written(
-            _prompt_and_completion(row, where) if column is None else row[chosen], row, chosen, where, tokenizer
-        )
-    if chosen is None and not any(name in row for name in COLUMNS):
-        raise UserError(f"{where}: expected {EXPECTED}, found {_names(row)}.")
-    return _written(row[chosen], row, chosen, where, tokenizer) if chosen else ""
+    chosen = column or next((name for name in COLUMNS if row.get(name) is not None), COLUMNS[0])
+    both = column is None and chosen in PAIR
+    return _written(_pair(row, where) if both else row.get(chosen), row, chosen, where, tokenizer)
 
 
 def _written(value: object, row: dict, column: str, where: str, tokenizer: object | None) -> str:
@@ -62,11 +57,13 @@ def _written(value: object, row: dict, column: str, where: str, tokenizer: objec
     )
 
 
-def _prompt_and_completion(row: dict, where: str) -> object:
-    """Two texts joined as they are, or two parts of one conversation."""
-    parts = [row[name] for name in ("prompt", "completion") if row.get(name) is not None]
-    if len({type(part) for part in parts}) == 1 and isinstance(parts[0], str | list):
-        return sum(parts[1:], parts[0])
+def _pair(row: dict, where: str) -> object:
+    """Prompt and completion: two texts joined as they are, or two parts of one conversation."""
+    parts = [row[name] for name in PAIR if row.get(name) is not None]
+    if all(isinstance(part, str) for part in parts):
+        return "".join(parts)
+    if all(isinstance(part, list) for part in parts):
+        return [message for part in parts for message in part]
     raise UserError(f"{where}: 'prompt' and 'completion' must both be text or both messages.")
 
 
