@@ -84,7 +84,9 @@ def test_names_on_disk_may_hold_commas_and_colons(tmp_path: Path, monkeypatch: p
     assert [(s.name, s.weight) for s in found] == [("plain.txt", 1), ("a,b.txt", 3), ("c:2", 1)]
 
 
-@pytest.mark.parametrize("name", ["a.txt:0", "a.txt:-1", "a.txt,,b.txt", "", ",self", "self,self:2", "a.txt,"])
+@pytest.mark.parametrize(
+    "name", ["a.txt:0", "a.txt:-1", "a.txt,,b.txt", "", ",self", "self,self:2", "a.txt:2,a.txt", "a.txt,"]
+)
 def test_weights_and_names_that_are_none(name: str) -> None:
     with pytest.raises(UserError):
         parse_sources(name)
@@ -116,7 +118,7 @@ def test_the_models_own_share() -> None:
         ({"prompt": "x", "messages": CHAT}, WRITTEN),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, WRITTEN),
         ({"conversations": [{"from": "human", "value": "How is it?"}, {"from": "gpt", "value": "Well."}]}, WRITTEN),
-        ({"messages": [CHAT[0] | {"tool_calls": None}, CHAT[1] | {"content": [{"type": "text", "text": "Well."}]}]}, WRITTEN),
+        ({"messages": [CHAT[0] | {"tools": None}, CHAT[1] | {"content": [{"type": "text", "text": "Well."}]}]}, WRITTEN),
     ],
 )  # fmt: skip
 def test_columns(row: dict, expected: str, tmp_path: Path) -> None:
@@ -168,6 +170,23 @@ def test_messages_without_a_chat_template(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no chat template"):
         found = read_documents(lines(tmp_path / "a.jsonl", [{"messages": CHAT}]), tokenizer=tokenizer())
     assert found == ["How is it?\n\nWell."]
+
+
+def test_named_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wikitext2's and ptb's rows are lines of one text; c4's and others' are documents."""
+    rows = {"wikitext2": ["", "One.\n", "Two.\n"], "ptb": ["one", "two"], "c4": ["One.", "Two."], "some/set": ["One."]}
+
+    def named(name: str, split: str) -> list[dict]:
+        return [{"sentence" if name == "ptb" else "text": row} for row in rows[name]]
+
+    monkeypatch.setattr("moefactor.text.documents.named_rows", named)
+    found = {name: read_documents(name) for name in rows}
+    assert found == {
+        "wikitext2": ["One.\nTwo.\n"], "ptb": ["one\n\ntwo"], "c4": ["One.", "Two."], "some/set": ["One."],
+    }  # fmt: skip
+    assert read_documents("wikitext2", column="body") == found["wikitext2"]  # its own column is known
+    with pytest.raises(UserError, match=r"some/set, row 1: there is no column 'body'"):
+        read_documents("some/set", column="body")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

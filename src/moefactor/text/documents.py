@@ -23,7 +23,7 @@ def read_documents(
             `Dataset.save_to_disk` wrote, a name of DATASETS or of the hub's datasets; None for the language reference
             that every Python has (`pydoc_data.topics`).
         split: of a dataset.
-        column: of rows; None for `text`, `messages`, or `prompt` with `completion`.
+        column: of rows, but for DATASETS'; None for `text`, `messages`, or `prompt` with `completion`.
         tokenizer: whose chat template writes `messages`.
 
     A text is one document, as are wikitext2 and ptb, whose rows are lines.
@@ -55,7 +55,7 @@ def read_documents(
 
 def _dataset(name: str, split: str, column: str | None, tokenizer: object | None) -> list[str]:
     rows = named_rows(name, split)
-    column = column or (DATASETS[name][2] if name in DATASETS else None)
+    column = DATASETS[name][2] if name in DATASETS else column
     if name not in LINES:
         return documents_of(rows, name, column, tokenizer)
     return [LINES[name].join(row[column] for row in rows)]

@@ -115,8 +115,9 @@ def _parquet(path: Path, column: str | None) -> Iterator[object]:
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        read = [name for name in names if name in ((column,) if column else (*COLUMNS, "tools"))]
-        for batch in file.iter_batches(columns=read or names):
+        wanted = {*((column,) if column else COLUMNS), "tools"}
+        read = [name for name in names if name in wanted]
+        for batch in file.iter_batches(columns=read if {*read} - {"tools"} else names):
             yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}).") from None

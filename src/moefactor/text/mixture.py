@@ -47,7 +47,7 @@ def draw_windows(reading: Reading, text: str | None, samples: int, seed: int) ->
                 stacklevel=2,
             )
         parts.append(drawn)
-        counts[source.name] = counts.get(source.name, 0) + len(drawn)
+        counts[source.name] = len(drawn)
     return torch.cat(parts), counts
 
 

@@ -39,8 +39,10 @@ def parse_sources(text: str | None) -> list[Source]:
         length = next((n for n in range(len(pieces), 1, -1) if _there(",".join(pieces[:n]))), 1)
         found.append(_source(",".join(pieces[:length]).strip(), text))
         del pieces[:length]
-    if sum(source.name == OWN for source in found) > 1:
-        raise UserError(f"{text}: names {OWN!r} twice; give it one weight.")
+    names = [source.name for source in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{text}: names {twice!r} twice; give it one weight.")
     return found
 
 
