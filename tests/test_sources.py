@@ -118,7 +118,7 @@ def test_the_models_own_share() -> None:
         ({"prompt": "x", "messages": CHAT}, WRITTEN),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, WRITTEN),
         ({"conversations": [{"from": "human", "value": "How is it?"}, {"from": "gpt", "value": "Well."}]}, WRITTEN),
-        ({"messages": [CHAT[0] | {"tools": None}, CHAT[1] | {"content": [{"type": "text", "text": "Well."}]}]}, WRITTEN),
+        ({"messages": [CHAT[0] | {"tools": None}, CHAT[1] | {"content": [{"text": "Well."}]}]}, WRITTEN),
     ],
 )  # fmt: skip
 def test_columns(row: dict, expected: str, tmp_path: Path) -> None:
