@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from moefactor import UserError
 from moefactor.calibrate import Calibration
@@ -56,7 +57,7 @@ def plainly() -> torch.Tensor:
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_own_text_is_the_models_own(kind: str, plainly: torch.Tensor, tmp_path: Path) -> None:
     folder = with_settings(tmp_path / "model", **SETTINGS[kind])
-    model = load(str(folder), device="cpu", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     before = model.generation_config.to_dict()
     assert torch.equal(write_windows(model, load_tokenizer(folder), 3, 24, 0), plainly)
     assert model.generation_config.to_dict() == before  # the model is given back as it was
@@ -79,6 +80,16 @@ def test_own_text_follows_the_models_distribution() -> None:
     assert torch.allclose(found, wanted[top], atol=0.04)
 
 
+# With these transformers loads no model; a list is no settings at all.
+@pytest.mark.parametrize("odd", [{"num_return_sequences": 3}, {"max_new_tokens": 0}, {"cache_implementation": "x"}, []])
+def test_settings_that_transformers_refuses(odd: object, plainly: torch.Tensor, tmp_path: Path) -> None:
+    folder = with_settings(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(odd))
+    model = load(str(folder), device="cpu", dtype=torch.float32)
+    assert torch.equal(write_windows(model, load_tokenizer(folder), 3, 24, 0), plainly)
+    assert generate(str(folder), "The company said", tokens=6).startswith("The company said")
+
+
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_generate_never_stumbles(kind: str, tmp_path: Path) -> None:
     said = generate(str(with_settings(tmp_path / "model", **SETTINGS[kind])), "The company said", tokens=6)
@@ -99,8 +110,9 @@ def test_generate_follows_what_ends_a_text_and_what_is_not_to_be_said(tmp_path: 
     assert third not in load_tokenizer(REFERENCE)(kept)["input_ids"][len(stop) : len(stop) + 3]
 
 
-def test_settings_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    folder = with_settings(tmp_path / "model", bad_words_ids=[[99_999]])
+@pytest.mark.parametrize("odd", [{"bad_words_ids": [[99_999]]}, {"repetition_penalty": 0}, {"eos_token_id": "x"}])
+def test_settings_that_do_not_fit_are_named(odd: dict, tmp_path: Path) -> None:
+    folder = with_settings(tmp_path / "model", **odd)
     with pytest.raises(UserError, match=r"model: its generation_config\.json does not fit it"):
         generate(str(folder), "The company said", tokens=3)
 

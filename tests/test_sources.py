@@ -115,6 +115,7 @@ def test_the_models_own_share() -> None:
         ({"id": 7, "text": "words", "messages": CHAT}, "words"),
         ({"prompt": "Two and two? ", "completion": "Four."}, "Two and two? Four."),
         ({"messages": CHAT}, WRITTEN),
+        ({"messages": json.dumps(CHAT)}, WRITTEN),
         ({"prompt": "x", "messages": CHAT}, WRITTEN),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, WRITTEN),
         ({"conversations": [{"from": "human", "value": "How is it?"}, {"from": "gpt", "value": "Well."}]}, WRITTEN),
@@ -139,6 +140,7 @@ def test_another_column(column: str, tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"id": 1}, "found 'id'"),
+        ({"text": ["in", "pieces"]}, "'text' is neither text nor messages"),
         ({"text": 3}, "'text' is neither text nor messages"),
         ({"messages": [{"content": "x"}]}, "without a 'role'"),
         ({"prompt": "x", "completion": CHAT}, "both be text or both messages"),
@@ -424,12 +426,12 @@ def test_every_verb_reads_rows(
     (tmp_path / "plain.txt").write_text("<257>".join(row["body"] for row in rows))
     expected = evaluate(str(source), [str(tmp_path / "plain.txt")]).mean_perplexity
     for text in (path, str(tmp_path / "saved")):
-        assert evaluate(str(source), [text], column="body").mean_perplexity == expected
+        assert evaluate(str(source), [text], text_column="body").mean_perplexity == expected
         assert torch.equal(
             read_ids(text, tokenizer(), VOCABULARY, column="body"),
             read_ids(str(tmp_path / "plain.txt"), tokenizer(), VOCABULARY),
         )
-    heal(compressed("mixtral"), str(source), tmp_path / "healed", steps=1, text=path, column="body", seqlen=16)
+    heal(compressed("mixtral"), str(source), tmp_path / "healed", steps=1, text=path, text_column="body", seqlen=16)
     short = ("--calibration", f"{path}:2,self", "--samples", 4, "--seqlen", 16, "--text-column", "body")
     for line in (
         ("compress", source, "-m", "whitened_svd", *short, "-o", tmp_path / "out"),

@@ -49,7 +49,7 @@ class Calibration:
     @classmethod
     def read(
         cls, model: StreamedModel, source: str | None = None, *, samples: int = 256, seqlen: int | None = None,
-        seed: int = 0, batch_size: int = 4, own: float = 0.0, column: str | None = None, kept: Path | None = None,
+        seed: int = 0, batch_size: int = 4, own: float = 0.0, text_column: str | None = None, kept: Path | None = None,
         progress: Progress = silent,
     ) -> Calibration:  # fmt: skip
         """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from text by `seed`.
@@ -60,14 +60,14 @@ class Calibration:
             batch_size: windows run at a time.
             own: share of the windows that the model writes itself, and what a short text lacks; a `self` among the
                 sources says it instead.
-            column: of .jsonl, .parquet and datasets that holds the text or the messages, see text.read_documents.
+            text_column: of .jsonl, .parquet and datasets that holds the text or the messages, see text.read_documents.
             kept: file for what the model wrote, so that a resumed run need not write it again.
         """
         length, tokenizer = model_length(model.config, seqlen), load_tokenizer(model.folder, model.trust_remote_code)
         own = own_weight(source) or own
         parts, counts = [], {}
         if own < 1:
-            reading = Reading(tokenizer, len(model.model.get_input_embeddings().weight), length, column)
+            reading = Reading(tokenizer, len(model.model.get_input_embeddings().weight), length, text_column)
             drawn, counts = draw_windows(reading, source, max(1, round((1 - own) * samples)), seed)
             parts.append(drawn)
         missing = samples - sum(counts.values()) if own else 0
@@ -82,8 +82,8 @@ class Calibration:
             parts.append(kept_windows(kept, (model.name, missing, length, seed), write))
         chosen = torch.cat(parts)
         description = {
-            "source": source or next(iter(counts), OWN), "windows": counts, "column": column, "samples": len(chosen),
-            "own": missing, "seqlen": length, "seed": seed,
+            "source": source or next(iter(counts), OWN), "windows": counts, "text_column": text_column,
+            "samples": len(chosen), "own": missing, "seqlen": length, "seed": seed,
             "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
         return cls(list(chosen.split(batch_size)), description)

@@ -240,7 +240,7 @@ def calibrate(
     with Bars() as bars:
         folder, own = RunFolder(run), own_share(chosen, streamed, own_text, calibration)
         text = Calibration.read(
-            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, column=text_column,
+            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, text_column=text_column,
             kept=folder.own_text, progress=bars,
         )  # fmt: skip
         calibrate_verb(streamed, folder, text, needs, progress=bars)
@@ -289,7 +289,7 @@ def factorise(
         if sequential and chosen.factorise_needs(made.options):
             own = own_share(chosen, streamed, own_text, calibration)
             text = Calibration.read(
-                streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, column=text_column,
+                streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, text_column=text_column,
                 kept=folder.own_text, progress=bars,
             )  # fmt: skip
         factorise_verb(streamed, made, chosen, folder, calibration=text, sequential=sequential, progress=bars)
@@ -313,7 +313,7 @@ def heal(
     with Bars() as bars:
         healed = heal_verb(
             model, teacher, output, steps=steps, text=calibration, seqlen=seqlen, labels=labels, train=train,
-            seed=seed, device=device, column=text_column, trust_remote_code=trust_remote_code, progress=bars,
+            seed=seed, device=device, text_column=text_column, trust_remote_code=trust_remote_code, progress=bars,
         )  # fmt: skip
     console.print(validation_table(healed))
     console.print(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")
@@ -360,7 +360,7 @@ def evaluate(
             results.append(
                 evaluate_verb(
                     name, text or [None], window=window, max_windows=max_windows, batch_size=batch_size,
-                    device=device, dtype=dtype, column=text_column, trust_remote_code=trust_remote_code,
+                    device=device, dtype=dtype, text_column=text_column, trust_remote_code=trust_remote_code,
                     progress=progress,
                 )
             )  # fmt: skip

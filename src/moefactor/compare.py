@@ -55,10 +55,12 @@ def compare(
     streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
     text = None
     if any(needs_text(method, options) for _, method, options in chosen):
-        text = Calibration.read(streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, column=text_column)
+        text = Calibration.read(
+            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, text_column=text_column
+        )
     about = {
         "model": model, "calibration": text and text.description, "texts": texts, "window": window,
-        "max_windows": max_windows, "dtype": dtype,
+        "max_windows": max_windows, "dtype": dtype, "text_column": text_column,
     }  # fmt: skip
     rows = _Rows(output / "results.json", about, on_row)
     shared = RunFolder(output / "calibration")
@@ -68,7 +70,7 @@ def compare(
 
     def measured(name: str) -> dict:
         result = evaluate(
-            name, texts, window=window, max_windows=max_windows, device=device, dtype=dtype, column=text_column,
+            name, texts, window=window, max_windows=max_windows, device=device, dtype=dtype, text_column=text_column,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         return {**asdict(result), "mean_perplexity": result.mean_perplexity}

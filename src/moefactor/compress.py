@@ -83,7 +83,7 @@ def compress(
     text = None
     if calibration is not None or reads:  # read now: bad text fails before anything is written
         text = Calibration.read(
-            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, column=text_column,
+            streamed, calibration, samples=samples, seqlen=seqlen, seed=seed, own=own, text_column=text_column,
             kept=folder.own_text, progress=progress,
         )  # fmt: skip
     written = folder.folder / "unhealed" if heal else output
@@ -96,7 +96,7 @@ def compress(
     if heal:
         distil(
             written, model, output, steps=heal, text=with_own(calibration) if own else calibration, seqlen=seqlen,
-            seed=seed, device=streamed.device, run=folder.folder, column=text_column,
+            seed=seed, device=streamed.device, run=folder.folder, text_column=text_column,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         shutil.rmtree(written)

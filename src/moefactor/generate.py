@@ -9,7 +9,7 @@ from .checkpoint import resolve
 from .errors import UserError
 from .runtime.transformers import load
 from .streaming import checked_device
-from .text import check_vocabulary, continue_text, load_tokenizer, start_token
+from .text import check_vocabulary, continue_text, generation_settings, load_tokenizer, start_token
 
 
 def generate(
@@ -20,11 +20,12 @@ def generate(
 
     Of the model's generation_config: what ends a text, and which tokens it is kept from saying.
     """
-    tokenizer = load_tokenizer(resolve(name), trust_remote_code)
+    folder = resolve(name)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     ids = _prompt_ids(tokenizer, prompt)
     model = load(name, device=checked_device(device), trust_remote_code=trust_remote_code)
     check_vocabulary(ids, tokenizer, len(model.get_input_embeddings().weight))
-    out = continue_text(model, tokenizer, ids.unsqueeze(0).to(model.device), tokens)
+    out = continue_text(model, tokenizer, ids.unsqueeze(0).to(model.device), tokens, generation_settings(folder))
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 

@@ -75,7 +75,7 @@ class Healing:
 def heal(
     student: str | Path, teacher: str, output: str | Path, *, steps: int, text: str | None = None,
     seqlen: int | None = None, rate: float = RATE, labels: float = LABELS, train: Trained = "all", seed: int = 0,
-    device: torch.device | str | None = None, run: str | Path | None = None, column: str | None = None,
+    device: torch.device | str | None = None, run: str | Path | None = None, text_column: str | None = None,
     trust_remote_code: bool = False, progress: Progress = silent,
 ) -> Healing:  # fmt: skip
     """Distils the dense model into a compressed folder and writes the healed one.
@@ -90,7 +90,7 @@ def heal(
         labels: weight of the text's own next tokens beside the dense model's; 0: distillation alone.
         train: `experts`: factors, routers and the norms before them; `all`: everything else too.
         run: folder for the state of an unfinished healing; `OUTPUT.heal` by default, removed at the end.
-        column: of .jsonl, .parquet and datasets that holds the text or the messages, see text.read_documents.
+        text_column: of .jsonl, .parquet and datasets that holds the text or the messages, see text.read_documents.
         trust_remote_code: whether code from the models' repositories may run, for what transformers lacks.
 
     Raises UserError for anything that the caller can mend.
@@ -122,7 +122,7 @@ def heal(
     share = min(0.5, own_weight(text))
     own = min(OWN_WINDOWS, max(HELD_OUT, int(steps * max(1, BATCH // length) * share))) if share else 0
     rows = len(model.get_input_embeddings().weight)
-    reading = Reading(load_tokenizer(folder, trust_remote_code), rows, length, column)
+    reading = Reading(load_tokenizer(folder, trust_remote_code), rows, length, text_column)
     every = _windows(dense, reading, text, own, seed, place / OWN_TEXT, progress)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     aside = min(HELD_OUT, len(every) // 10)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -93,11 +93,17 @@ def load(
     name: str, *, device: torch.device | str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A model, dense or compressed, whole on one device, as the other verbs use it. Its own code runs only where
-    transformers lacks the architecture and it is trusted; nothing is asked."""
+    transformers lacks the architecture and it is trusted; nothing is asked. Its generation_config stays behind:
+    text/own.py reads what is wanted of it, and for a setting that it finds odd transformers loads no model at all."""
     folder = resolve(name)
     config = read_config(folder, name, trust_remote_code)
     own = own_model(config, name, trust_remote_code)
     with running_own_code(name, own), quiet():
         return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, device_map=str(device), trust_remote_code=own
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map=str(device),
+            trust_remote_code=own,
+            generation_config=GenerationConfig(),
         ).eval()

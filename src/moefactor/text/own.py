@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,24 +65,38 @@ FOLLOWED = (
 )  # fmt: skip
 
 
-def continue_text(model: PreTrainedModel, tokenizer: object, ids: Tensor, tokens: int) -> Tensor:
-    """(1, n) -> (1, ≤ n + tokens): the likeliest next token, again and again, until the text ends."""
-    followed = {name: getattr(model.generation_config, name, None) for name in FOLLOWED}
-    if followed["eos_token_id"] is None:
-        followed["eos_token_id"] = tokenizer.eos_token_id
-    ends = followed["eos_token_id"]
-    if followed["pad_token_id"] is None:  # or transformers says that it takes this
-        followed["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
-    stop = {"tokenizer": tokenizer} if followed["stop_strings"] else {}
+def generation_settings(folder: Path) -> dict[str, object]:
+    """FOLLOWED, as generation_config.json has them, or config.json where there is no such file."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict):
+            return {key: found[key] for key in FOLLOWED if found.get(key) not in (None, [], [""], "")}
+    return {}
+
+
+def continue_text(model: PreTrainedModel, tokenizer: object, ids: Tensor, tokens: int, settings: dict) -> Tensor:
+    """(1, n) -> (1, ≤ n + tokens): the likeliest next token, again and again, until the text ends.
+
+    Args:
+        settings: of generation_settings.
+    """
+    ends = settings.get("eos_token_id", tokenizer.eos_token_id)
+    pad = settings.get("pad_token_id", ends[0] if isinstance(ends, list) else ends)  # or transformers says it takes it
+    stop = {"tokenizer": tokenizer} if "stop_strings" in settings else {}
     try:
+        plain = GenerationConfig(
+            **{**settings, "eos_token_id": ends, "pad_token_id": pad}, max_new_tokens=tokens, do_sample=False
+        )
         with without_generation_config(model):
-            plain = GenerationConfig(max_new_tokens=tokens, do_sample=False, **followed)
             return GenerationMixin.generate(
                 model, ids, attention_mask=torch.ones_like(ids), generation_config=plain, **stop
             )
-    except ValueError as error:  # what transformers raises for a setting that it does not take
+    except (ValueError, TypeError) as error:  # what transformers raises for a setting that it does not take
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{model.config.name_or_path}: its generation_config.json does not fit it: {reason}") from None
+        raise UserError(f"{model.config.name_or_path}: its generation_config.json does not fit it: {reason}") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable
 
@@ -46,15 +47,23 @@ def _written(value: object, row: dict, column: str, where: str, tokenizer: objec
     """The value of a column: text as it is, a conversation through the chat template."""
     if value is None:
         return ""
+    value = _unpacked(value) if column in CHATS else value
     if isinstance(value, str):
         return _clean(value)
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
         return _clean(_conversation(value, row.get("tools"), where, tokenizer))
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return _clean("".join(value))
     raise UserError(
         f"{where}: the field {column!r} is neither text nor messages ({type(value).__name__}); expected {EXPECTED}."
     )
+
+
+def _unpacked(value: object) -> object:
+    """Messages, also where a table keeps them as the JSON of a list."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return found if isinstance(found, list) else value
 
 
 def _pair(row: dict, where: str) -> object:

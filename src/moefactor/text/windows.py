@@ -47,7 +47,7 @@ def tokenise_documents(tokenizer: object, documents: list[str]) -> Tensor:
 
     What a document brings of that itself, a chat template's end for instance, is not put there again.
     """
-    end, begin = separator(tokenizer)
+    end, begin = separator(tokenizer) if len(documents) > 1 else ([], [])
     if not end and not begin:
         return tokenise(tokenizer, "\n\n".join(documents))
     parts: list[Tensor] = []
