@@ -143,6 +143,7 @@ def test_another_column(column: str, tmp_path: Path) -> None:
         ({"text": ["in", "pieces"]}, "'text' is neither text nor messages"),
         ({"text": 3}, "'text' is neither text nor messages"),
         ({"messages": [{"content": "x"}]}, "without a 'role'"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "content of a message is list"),
         ({"prompt": "x", "completion": CHAT}, "both be text or both messages"),
         (["text"], "not a JSON object"),
         (None, "not a JSON object"),

@@ -111,10 +111,15 @@ def _message(message: dict, where: str) -> dict:
         raise UserError(f"{where}: a message without a 'role' (it has {_names(message)}).")
     content = message.get("content", "")
     if isinstance(content, list):
-        content = "".join(p if isinstance(p, str) else p.get("text") or "" for p in content)
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]  # None: an image, say
+        content = "".join(part for part in parts if part is not None) if _texts(parts) else content
     if not isinstance(content, str):
         raise UserError(f"{where}: the content of a message is {type(content).__name__}, not text.")
     return {**message, "content": content}
+
+
+def _texts(parts: list[object]) -> bool:
+    return all(isinstance(part, str | None) for part in parts)
 
 
 def _clean(text: str) -> str:
