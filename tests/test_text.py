@@ -164,7 +164,7 @@ def test_with_own(name: str | None, expected: str) -> None:
 
 def test_writing_reports_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few windows at a time where they are long."""
-    monkeypatch.setattr("moefactor.text.WRITTEN_TOKENS", 50)
+    monkeypatch.setattr("moefactor.text.own.WRITTEN_TOKENS", 50)
     model, seen = load(str(REFERENCE), device="cpu"), []
     given = write_windows(
         model, load_tokenizer(REFERENCE), 3, 24, 0, lambda stage, done, total, detail="": seen.append((done, total))

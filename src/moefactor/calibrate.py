@@ -23,20 +23,18 @@ from .stats import GRADIENTS, STATISTICS
 from .streaming import StreamedModel
 from .text import (
     OWN,
+    Reading,
+    draw_windows,
     kept_windows,
     load_tokenizer,
     model_length,
-    read_text,
-    sample_windows,
+    own_weight,
     sources,
     start_token,
-    tokenise,
     write_windows,
 )
 
 STAGE = "calibrate"
-BUILT_IN = "pydoc_data.topics"  # the text that every Python has
-OWN_SHARE = 0.5  # share of the windows that the model writes itself for `NAME,self`
 
 
 @dataclass(frozen=True)
@@ -53,39 +51,42 @@ class Calibration:
     @classmethod
     def read(
         cls, model: StreamedModel, source: str | None = None, *, samples: int = 256, seqlen: int | None = None,
-        seed: int = 0, batch_size: int = 4, own: float = 0.0, kept: Path | None = None, progress: Progress = silent,
+        seed: int = 0, batch_size: int = 4, own: float = 0.0, text_column: str | None = None, kept: Path | None = None,
+        progress: Progress = silent,
     ) -> Calibration:  # fmt: skip
-        """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from a text by `seed`.
+        """Draws `samples` windows of `seqlen` tokens (2048, or the model's length) from text by `seed`.
 
         Args:
-            source: file, folder or dataset; None for the text every Python has; `self` for text that the model writes;
-                `NAME,self` for both.
+            source: file, folder or dataset; `A:2,B:1` for several with weights, their shares of the windows; None for
+                the text every Python has; `self`, alone or among them, for text that the model writes.
             batch_size: windows run at a time.
-            own: share of the windows that the model writes itself, and what a short text lacks; `self` and `NAME,self`
-                say it themselves.
+            own: share of the windows that the model writes itself, and what a short text lacks; a `self` among the
+                sources says it instead.
+            text_column: of .jsonl, .parquet and datasets that holds the text or the messages, see text.read_documents.
             kept: file for what the model wrote, so that a resumed run need not write it again.
         """
-        length = model_length(model.config, seqlen)
-        read, named = sources(source)
-        if named:
-            own = OWN_SHARE if read else 1.0
-        parts, tokenizer, given = [], load_tokenizer(model.folder), 0
+        length, tokenizer = model_length(model.config, seqlen), load_tokenizer(model.folder, model.trust_remote_code)
+        own = own_weight(source) or own
+        parts, counts = [], {}
         if own < 1:
-            ids = tokenise(tokenizer, read_text(read))
-            parts.append(sample_windows(ids, length, max(1, round((1 - own) * samples)), seed, read or BUILT_IN))
-            given = len(parts[0])
-        missing = samples - given if own else 0
+            reading = Reading(tokenizer, len(model.model.get_input_embeddings().weight), length, text_column)
+            drawn, counts = draw_windows(reading, source, max(1, round((1 - own) * samples)), seed)
+            parts.append(drawn)
+        missing = samples - sum(counts.values()) if own else 0
         if missing:
 
             def write() -> Tensor:
-                whole = load(model.name, device=model.device, dtype=model.dtype)
+                whole = load(
+                    model.name, device=model.device, dtype=model.dtype, trust_remote_code=model.trust_remote_code
+                )
                 return write_windows(whole, tokenizer, missing, length, seed, progress)
 
             parts.append(kept_windows(kept, (model.name, missing, length, seed), write))
         chosen = torch.cat(parts)
         description = {
-            "source": source or (BUILT_IN if given else OWN), "samples": len(chosen), "own": missing,
-            "seqlen": length, "seed": seed, "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+            "source": source or next(iter(counts), OWN), "windows": counts, "text_column": text_column,
+            "samples": len(chosen), "own": missing, "seqlen": length, "seed": seed,
+            "sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
         return cls(list(chosen.split(batch_size)), description)
 
@@ -105,7 +106,7 @@ def own_share(method: Method, model: StreamedModel, wanted: float | None, source
         raise UserError(f"--own-text 1 leaves no window for {read}; use --calibration self.")
     if wanted is not None:
         return wanted
-    share = OWN_SHARE if named else method.own_text
+    share = own_weight(source) if named else method.own_text
     hindrance = _hindrance(model) if share and not named else None
     if hindrance:
         warnings.warn(
@@ -123,7 +124,7 @@ def _hindrance(model: StreamedModel) -> str | None:
         return "does not fit in memory"
     if model.reader.source is not None:
         return "is quantised"
-    if start_token(load_tokenizer(model.folder)) is None:
+    if start_token(load_tokenizer(model.folder, model.trust_remote_code)) is None:
         return "has no token that begins a text"
     return None
 

@@ -25,6 +25,7 @@ from .checkpoint import refuse_existing
 from .comparison import Contender
 from .comparison import compare as compare_verb
 from .compression import compress as compress_verb
+from .coverage import Coverage
 from .errors import UserError
 from .evaluation import Evaluation
 from .evaluation import evaluate as evaluate_verb
@@ -61,11 +62,23 @@ Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Fraction of the exp
 Text = Annotated[
     str | None,
     typer.Option(
-        help="Text file, folder, or a dataset: wikitext2, c4, ptb, or a hub name. 'self': what the model writes; "
-        "'FILE,self': both. Default: Python's own language reference, which needs no network; text like what "
-        "the model will read does better.",
+        help="Text file, .jsonl, .json, .parquet, folder, or a dataset: wikitext2, c4, ptb, or a hub name; several "
+        "with weights: A:2,B:1. 'self', alone or among them: what the model writes. Default: Python's own language "
+        "reference, which needs no network; text like what the model will read does better.",
         show_default=False,
     ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column",
+        help="Of .jsonl, .json, .parquet and datasets.",
+        show_default="text, messages (by the chat template), or prompt and completion",
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code from the model's repository where transformers lacks it."),
 ]
 OwnText = Annotated[
     float | None,
@@ -140,9 +153,9 @@ def method_options(arguments: list[str]) -> dict[str, str]:
 
 
 @app.command()
-def inspect(model: Model, ratio: Ratio = 0.4) -> None:
+def inspect(model: Model, ratio: Ratio = 0.4, trust_remote_code: Trust = False) -> None:
     """What is in a model, and what it would shrink to. Reads no weights."""
-    found = inspect_verb(model)
+    found = inspect_verb(model, trust_remote_code=trust_remote_code)
     first = found.layers[0]
     table = Table(title=f"{model} ({found.model_type})", title_justify="left", show_header=False)
     same = all((e.experts, e.intermediate) == (first.experts, first.intermediate) for e in found.layers)
@@ -186,7 +199,7 @@ def compress(
     context: typer.Context, model: Model, output: Output, method: MethodName = "biaxial", ratio: Ratio = 0.4,
     calibration: Text = None, own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
     sequential: Sequential = True, allocation: Allocation = None, rank_multiple: RankMultiple = None,
-    device: Device = None,
+    device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
     heal: Annotated[
         int, typer.Option(help="Steps of distillation from the dense model afterwards; both must fit in memory.", min=0)
     ] = 0,
@@ -204,7 +217,8 @@ def compress(
         compress_verb(
             model, method, ratio, output, calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen,
             seed=seed, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device,
-            heal=heal, run=run, progress=bars, **options,
+            heal=heal, run=run, text_column=text_column, trust_remote_code=trust_remote_code, progress=bars,
+            on_coverage=show_coverage, **options,
         )  # fmt: skip
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
@@ -213,6 +227,7 @@ def compress(
 def calibrate(
     context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", calibration: Text = None,
     own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
+    text_column: Column = None, trust_remote_code: Trust = False,
     statistics: Annotated[
         str | None,
         typer.Option(help=f"Which to collect: {', '.join(STATISTICS)}.", show_default="all that --method reads"),
@@ -221,13 +236,14 @@ def calibrate(
     """Stage 1: what each layer's experts see. Writes RUN/stats."""
     recipe = Recipe.of(
         method, method_options(context.args), calibration=calibration, own_text=own_text, samples=samples,
-        seqlen=seqlen, seed=seed, sequential=False,
+        seqlen=seqlen, seed=seed, sequential=False, text_column=text_column,
     )  # fmt: skip
     needs = set(statistics.split(",")) if statistics else recipe.all_statistics
     recipe.check()
     told = f"Wrote {run}/stats." if needs else f"{method} reads no statistics with these options."
     with Bars() as bars:
-        Run(StreamedModel(model, device or default_device()), recipe, RunFolder(run), bars).calibrate(needs)
+        streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
+        Run(streamed, recipe, RunFolder(run), bars, show_coverage).calibrate(needs)
     console.print(f"{told} Next: moefactor plan {model} --run {run} --method {method}")
 
 
@@ -235,6 +251,7 @@ def calibrate(
 def plan(
     context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: Ratio = 0.4,
     seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
+    trust_remote_code: Trust = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks, write nothing.")] = False,
 ) -> None:  # fmt: skip
     """Stage 2: which layer and group gets which rank. Writes RUN/plan.json, which you may edit."""
@@ -243,7 +260,8 @@ def plan(
     )
     with Bars() as bars, TemporaryDirectory() as nowhere:
         folder = RunFolder(nowhere if dry_run and not run.exists() else run)
-        work = Run(StreamedModel(model, device or default_device()), recipe, folder, bars)
+        streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
+        work = Run(streamed, recipe, folder, bars)
         work.check()
         made = work.plan()
     console.print(_plan_table(made))
@@ -257,17 +275,18 @@ def factorise(
     model: Model, run: RunOption, output: Output, calibration: Text = None, own_text: OwnText = None,
     samples: Samples = 256, seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
-    sequential: Sequential = True, device: Device = None,
+    sequential: Sequential = True, device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Stage 3: the factors of every layer, from weights, statistics and RUN/plan.json; then the checkpoint."""
     refuse_existing(output)
-    streamed, folder = StreamedModel(model, device or default_device()), RunFolder(run)
+    streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
+    folder = RunFolder(run)
     recipe, made = planned_recipe(
         Plan.read(folder.plan, streamed.experts), calibration=calibration, own_text=own_text, samples=samples,
-        seqlen=seqlen, seed=seed, sequential=sequential,
+        seqlen=seqlen, seed=seed, sequential=sequential, text_column=text_column,
     )  # fmt: skip
     with Bars() as bars, locked(output.with_name(f".{output.name}.lock"), str(output)):
-        work = Run(streamed, recipe, folder, bars)
+        work = Run(streamed, recipe, folder, bars, show_coverage)
         work.check()
         work.factorise(made)
         work.write(made, output, f"moefactor factorise {model} --run RUN -o {output.name}")
@@ -284,13 +303,13 @@ def heal(
         float, typer.Option(help="Weight of the text's own next tokens; 0: the dense model's word alone.", min=0)
     ] = LABELS,
     train: Annotated[Trained, typer.Option(help="The experts with routers and norms, or all parameters.")] = "all",
-    seed: Seed = 0, device: Device = None,
+    seed: Seed = 0, device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Train a compressed model to give what the dense model gives. Resumes; never farther from it on held-out text."""
     with Bars() as bars:
         healed = heal_verb(
             model, teacher, output, steps=steps, text=calibration, seqlen=seqlen, labels=labels, train=train,
-            seed=seed, device=device, progress=bars,
+            seed=seed, device=device, text_column=text_column, trust_remote_code=trust_remote_code, progress=bars,
         )  # fmt: skip
     console.print(validation_table(healed))
     console.print(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")
@@ -322,6 +341,8 @@ def evaluate(
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="To load and run in; auto: the checkpoint's own.")] = "auto",
     json_output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    text_column: Column = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity, tokens a second, bytes on disk and in memory."""
     names = [model] if against is None else [against, model]
@@ -335,7 +356,8 @@ def evaluate(
             results.append(
                 evaluate_verb(
                     name, text or [None], window=window, max_windows=max_windows, batch_size=batch_size,
-                    device=device, dtype=dtype, progress=progress,
+                    device=device, dtype=dtype, text_column=text_column, trust_remote_code=trust_remote_code,
+                    progress=progress,
                 )
             )  # fmt: skip
     console.print(evaluation_table(results))
@@ -359,6 +381,7 @@ def compare(
     max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all", min=1)] = None,
     device: Device = None, dtype: Annotated[Dtype, typer.Option(help="To measure in.")] = "auto",
     keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed models.")] = False,
+    text_column: Column = None, trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Several methods at several ratios on one calibration: perplexity, parameters, bytes, seconds, speed."""
     contenders = [Contender(name.strip(), name.strip(), {}) for name in methods.split(",") if name.strip()]
@@ -373,7 +396,8 @@ def compare(
         rows = compare_verb(
             model, contenders, wanted, output, texts=text or [None], calibration=calibration,
             own_text=own_text, samples=samples, seqlen=seqlen, seed=seed, window=window, max_windows=max_windows,
-            device=device, dtype=dtype, keep=keep, progress=bars,
+            device=device, dtype=dtype, keep=keep, text_column=text_column, trust_remote_code=trust_remote_code,
+            progress=bars,
         )  # fmt: skip
     console.print(comparison_table(rows))
 
@@ -400,9 +424,11 @@ def comparison_table(rows: list[dict]) -> Table:
 def generate(
     model: Model, prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(help="How many new ones at most.", min=1)] = 50, device: Device = None,
+    trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
     """Continue a prompt, greedily."""
-    console.print(generate_verb(model, prompt, tokens=tokens, device=device), markup=False, highlight=False)
+    said = generate_verb(model, prompt, tokens=tokens, device=device, trust_remote_code=trust_remote_code)
+    console.print(said, markup=False, highlight=False)
 
 
 @app.command()
@@ -410,13 +436,29 @@ def export(
     model: Model,
     output: Output,
     dense: Annotated[bool, typer.Option("--dense", help="Rebuild every expert; the only target there is yet.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """An ordinary MoE checkpoint again, for engines that know nothing of moefactor."""
     if not dense:
         raise UserError("Say what to export to: --dense rebuilds every expert.")
     with Bars() as bars:
-        export_dense(model, output, progress=bars)
+        export_dense(model, output, trust_remote_code=trust_remote_code, progress=bars)
     console.print(f"Wrote {output}, of the original's size and layout.")
+
+
+def show_coverage(rows: list[Coverage]) -> None:
+    console.print(coverage_table(rows))
+
+
+def coverage_table(rows: list[Coverage]) -> Table:
+    """How many calibration tokens a layer's experts saw; the text's gaps."""
+    table = Table(
+        "layer", "least", "median", "most", "experts with none", title="tokens an expert", title_justify="left"
+    )
+    for row in rows:
+        none = f"{len(row.unreached)} of {row.experts}" if row.unreached else ""
+        table.add_row(row.layer, f"{row.least:,}", f"{row.median:,}", f"{row.most:,}", none)
+    return table
 
 
 def evaluation_table(results: list[Evaluation]) -> Table:

@@ -32,7 +32,8 @@ def compare(
     model: str, contenders: list[Contender], ratios: list[float], output: str | Path, *, texts: list[str | None],
     calibration: str | None = None, own_text: float | None = None, samples: int = 256, seqlen: int | None = None,
     seed: int = 0, window: int | None = None, max_windows: int | None = None, device: str | None = None,
-    dtype: str = "auto", keep: bool = False, progress: Progress = silent,
+    dtype: str = "auto", keep: bool = False, text_column: str | None = None, trust_remote_code: bool = False,
+    progress: Progress = silent,
     on_row: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:  # fmt: skip
     """Compresses and measures; returns (and writes to OUTPUT/results.json after each) one row a run, the dense first.
@@ -44,28 +45,33 @@ def compare(
         own_text: share of the calibration windows that the model writes itself, the same for every method; None for
             each method's own, which is what `compress` does.
         keep: leave the compressed models in OUTPUT/models.
+        text_column: of .jsonl, .parquet and datasets, to calibrate and to measure on.
+        trust_remote_code: whether code from the model's repository may run, for what transformers lacks.
         on_row: called with every row, also those that were there already.
     """
     output = Path(output).expanduser()
     for ratio in ratios:
         check_ratio(ratio)
-    recipes = {c.label: Recipe.of(c.method, c.options, samples=samples, seqlen=seqlen, seed=seed) for c in contenders}
+    how = {"samples": samples, "seqlen": seqlen, "seed": seed}
+    recipes = {c.label: Recipe.of(c.method, c.options, **how) for c in contenders}
     if len(recipes) < len(contenders):
         raise UserError("Two contenders have one label; results could not be told apart.")
-    streamed = StreamedModel(model, device or default_device())
+    streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
     with locked(output / ".lock", str(output)):
-        runs = _Runs(streamed, output, calibration, own_text, progress)
+        runs = _Runs(streamed, output, calibration, own_text, text_column, progress)
         about = {
             "model": model, "source": digest_of(structure_of(streamed.reader.checkpoint))[:32],
             "calibration": calibration, "own_text": own_text, "samples": samples, "seqlen": seqlen, "seed": seed,
             "texts": texts, "window": window, "max_windows": max_windows, "dtype": dtype,
+            "text_column": text_column,
         }  # fmt: skip
         rows = _Rows(output / "results.json", about, on_row)
 
         def measured(name: str) -> dict:
             result = evaluate(
-                name, texts, window=window, max_windows=max_windows, device=device, dtype=dtype, progress=progress
-            )
+                name, texts, window=window, max_windows=max_windows, device=device, dtype=dtype,
+                text_column=text_column, trust_remote_code=trust_remote_code, progress=progress,
+            )  # fmt: skip
             return {**asdict(result), "mean_perplexity": result.mean_perplexity}
 
         rows.once("dense", 0.0, {}, lambda: measured(model))
@@ -94,10 +100,11 @@ class _Runs:
     """One calibration for all methods that read the same text."""
 
     def __init__(
-        self, model: StreamedModel, output: Path, calibration: str | None, own_text: float | None, progress: Progress
-    ):
+        self, model: StreamedModel, output: Path, calibration: str | None, own_text: float | None,
+        text_column: str | None, progress: Progress,
+    ):  # fmt: skip
         self.model, self.output, self.progress = model, output, progress
-        self.calibration, self.own_text = calibration, own_text
+        self.text = {"calibration": calibration, "own_text": own_text, "text_column": text_column}
         self.shared: dict[float, Run] = {}  # share of own text -> a run whose text and statistics serve all
 
     def calibrate(self, recipes: list[Recipe]) -> None:
@@ -131,7 +138,7 @@ class _Runs:
         shutil.rmtree(stages.folder, ignore_errors=True)
 
     def _share(self, recipe: Recipe) -> float:
-        recipe = replace(recipe, calibration=self.calibration, own_text=self.own_text)
+        recipe = replace(recipe, **self.text)
         share = Run(self.model, recipe, RunFolder(self.output)).own_share
         if share not in self.shared:
             folder = RunFolder(self.output / (f"calibration-own-{share}" if share else "calibration"))

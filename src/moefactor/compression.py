@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from .checkpoint import refuse_existing
+from .coverage import Coverage
 from .files import locked
 from .healing import heal as distil
 from .progress import Progress, silent
@@ -34,7 +36,10 @@ def compress(
     device: torch.device | str | None = None,
     heal: int = 0,
     run: str | Path | None = None,
+    text_column: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
+    on_coverage: Callable[[list[Coverage]], None] = lambda rows: None,
     **options: object,
 ) -> Path:
     """Compresses a model's routed experts and writes a checkpoint that plain `from_pretrained` loads.
@@ -44,9 +49,9 @@ def compress(
         method: a name of moefactor.METHODS; `options` are that method's.
         ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
         output: folder to write; it must not exist.
-        calibration: text file, folder or dataset; `self` for text that the model writes, `FILE,self` for half of each;
-            None for `self` with biaxial, text that every Python has otherwise. `samples` windows of `seqlen` tokens are
-            drawn from it by `seed`.
+        calibration: text file, .jsonl, .json, .parquet, folder or dataset; `A:2,B:1` for several with weights; `self`
+            for text that the model writes, `FILE,self` for half of each; None for `self` with biaxial, text that every
+            Python has otherwise. `samples` windows of `seqlen` tokens are drawn from it by `seed`.
         own_text: share of them that the model writes itself, so that text of one kind does not mislead; None for the
             method's own (biaxial: half, or all where no text is given, if the model fits in memory).
         sequential: calibrate each layer on what the factorised layers before it give.
@@ -56,6 +61,9 @@ def compress(
             the model wrote a share of the calibration text, healing reads text of its own too.
         run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
             run continues from it when the same call is made again.
+        text_column: of .jsonl, .parquet and datasets; `text`, `messages` or `prompt` with `completion` otherwise.
+        trust_remote_code: whether code from the model's repository may run, for what transformers lacks.
+        on_coverage: told how many calibration tokens the experts of every layer saw.
 
     Raises UserError (a ValueError) for anything that the caller can mend.
 
@@ -66,10 +74,11 @@ def compress(
     recipe = Recipe.of(
         method, options, ratio=ratio, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple,
         calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen, seed=seed,
+        text_column=text_column,
     )  # fmt: skip
-    streamed = StreamedModel(model, default_device() if device is None else device)
+    streamed = StreamedModel(model, default_device() if device is None else device, trust_remote_code=trust_remote_code)
     folder = RunFolder(run or output.with_name(output.name + ".run"))
-    work = Run(streamed, recipe, folder, progress)
+    work = Run(streamed, recipe, folder, progress, on_coverage)
     work.check()
     with locked(output.with_name(f".{output.name}.lock"), str(output)), folder.opened(streamed):
         work.text  # noqa: B018 (read now: bad text fails before anything is written)
@@ -80,7 +89,8 @@ def compress(
         if heal:
             distil(
                 written, model, output, steps=heal, text=with_own(calibration) if work.own_share else calibration,
-                seqlen=seqlen, seed=seed, device=streamed.device, run=folder.folder, progress=progress,
+                seqlen=seqlen, seed=seed, device=streamed.device, run=folder.folder, text_column=text_column,
+                trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
             shutil.rmtree(written)
     if run is None:

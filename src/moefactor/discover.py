@@ -7,12 +7,21 @@ transformers 5 stores the experts of nearly every MoE in one fused layout and ma
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from . import models  # noqa: F401 (registers what transformers lacks)
 from .errors import UserError
@@ -22,8 +31,31 @@ from .experts import ExpertLayer
 SPECIAL = ("llama4", "llama4_text", "longcat_flash", "dbrx", "jetmoe", "step3p7")
 
 
-def read_config(folder: Path, name: str) -> PretrainedConfig:
-    """The model's config; UserError when the folder holds no model that transformers knows."""
+def own_code_refused(name: str, what: str) -> UserError:
+    """For a repository that brings code of its own to run. transformers would ask on the terminal."""
+    return UserError(
+        f"{name}: {what} needs code of its own from the model's repository. Read that code, and run it with "
+        "--trust-remote-code (trust_remote_code=True in Python) if you trust it."
+    )
+
+
+@contextmanager
+def running_own_code(name: str, own: bool) -> Iterator[None]:
+    """Around what runs a repository's code, which raises what it likes: UserError says whose fault it was."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not own:
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{name}: the code in its repository fails ({type(error).__name__}): {reason}") from error
+
+
+def read_config(folder: Path, name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config; UserError when the folder holds no model that transformers knows, or one that only its own
+    code knows and that is not trusted. What transformers has itself is never taken from a repository."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{name}: no config.json there, so it is not a model in Hugging Face format.")
@@ -32,18 +64,40 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         # Released before transformers had them under their own names; same architecture as DeepSeek-V3.
         if data.get("model_type") == "kimi_k2":
             return AutoConfig.for_model("deepseek_v3", **{k: v for k, v in data.items() if k != "model_type"})
-        return AutoConfig.from_pretrained(folder)
+        own = data.get("model_type") not in CONFIG_MAPPING and "AutoConfig" in (data.get("auto_map") or {})
+        if own and not trust_remote_code:
+            raise own_code_refused(name, f"Its architecture ({data.get('model_type')})")
+        with running_own_code(name, own):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=own)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}.") from None
-    except (ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise UserError(f"{name}: transformers can't read its config: {str(error).splitlines()[0]}") from None
 
 
-def build_skeleton(config: PretrainedConfig, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def own_model(config: PretrainedConfig, name: str, trust_remote_code: bool) -> bool:
+    """Whether the model's class is the repository's own; UserError where it must be and is not trusted."""
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # A class of a repository's that was loaded earlier in this process is registered like transformers' own.
+    theirs = not known or getattr(known, "__module__", "").startswith("transformers_modules.")
+    own = theirs and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own and not trust_remote_code:
+        raise own_code_refused(name, f"Its architecture ({config.model_type})")
+    return own
+
+
+def build_skeleton(
+    config: PretrainedConfig, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model with every parameter on the meta device and every buffer (rotary tables) real."""
+    own = own_model(config, name, trust_remote_code)
     try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+        with running_own_code(name, own), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=own
+            )
     except ValueError as error:
         raise UserError(
             f"{name} ({config.model_type}): not a causal language model: {str(error).splitlines()[0]}"

@@ -17,7 +17,7 @@ from .loading import load
 from .progress import Progress, Steps, silent
 from .runtime.module import FactorisedExperts
 from .streaming import checked_device
-from .text import load_tokenizer, model_length, read_text, tokenise, windows
+from .text import BUILT_IN, Reading, load_tokenizer, model_length, windows
 
 STAGE = "evaluate"
 
@@ -55,7 +55,7 @@ class Evaluation:
 def evaluate(
     name: str, texts: list[str | None], *, window: int | None = None, max_windows: int | None = None,
     batch_size: int = 8, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto",
-    progress: Progress = silent,
+    text_column: str | None = None, trust_remote_code: bool = False, progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
     """Loads a model, dense or compressed, with plain transformers and measures it.
 
@@ -64,17 +64,20 @@ def evaluate(
         window: tokens a window, by default 2048 or the model's length.
         max_windows: of each text, from its beginning; None for all.
         dtype: to load and run in; "auto" is the checkpoint's own.
+        text_column: of .jsonl, .parquet and datasets that holds the text or the messages, see text.read_documents.
+        trust_remote_code: whether code from the model's repository may run, for what transformers lacks.
     """
     device = checked_device(device)
     folder = resolve(name)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     disk_bytes = Checkpoint(folder).bytes()
-    model = load(name, device=device, dtype=dtype)
+    model = load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     length = model_length(model.config, window)
+    reading = Reading(tokenizer, len(model.get_input_embeddings().weight), length, text_column)
     batches = {}
     for text in texts:
-        label = text or "pydoc_data.topics"
-        cut = windows(tokenise(tokenizer, read_text(text, split="test")), length, label)
+        label = text or BUILT_IN
+        cut = windows(reading.ids(text, split="test"), length, label)
         batches[_label(label)] = cut[:max_windows].split(batch_size)
     steps = Steps(progress, STAGE, sum(len(b) for b in batches.values()))
     steps.detail = Path(name).name

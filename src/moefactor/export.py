@@ -17,7 +17,9 @@ from .progress import Progress, Steps, silent
 from .runtime.format import QUANT_METHOD, STUB, layer_plans
 
 
-def export_dense(name: str, output: str | Path, *, progress: Progress = silent) -> Path:
+def export_dense(
+    name: str, output: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent
+) -> Path:
     """Writes the dense equivalent of a compressed folder, in the layout that its kind of model has on disk.
 
     The result has the size of the original model; what is lost in compression stays lost.
@@ -25,13 +27,13 @@ def export_dense(name: str, output: str | Path, *, progress: Progress = silent) 
     output = Path(output).expanduser()
     refuse_existing(output)
     folder = resolve(name)
-    config = read_config(folder, name)
+    config = read_config(folder, name, trust_remote_code)
     quantisation = getattr(config, "quantization_config", None) or {}
     if quantisation.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{name}: not a checkpoint of moefactor's; there is nothing to rebuild.")
     del config.quantization_config
     config.experts_implementation = None
-    skeleton = build_skeleton(config, name)
+    skeleton = build_skeleton(config, name, trust_remote_code=trust_remote_code)
     plans = layer_plans(quantisation, find_experts(skeleton, name))
     if any(plan.intercept for plan in plans):
         raise UserError(f"{name}: adds constants to experts' outputs (--intercept), which a dense MoE can't hold.")
@@ -40,8 +42,10 @@ def export_dense(name: str, output: str | Path, *, progress: Progress = silent) 
     steps = Steps(progress, "export", len(plans))
     ours = tuple(plan.layer.name + "." for plan in plans)
     plain = json.loads((folder / "config.json").read_text())
-    for key in ("quantization_config", "experts_implementation", "auto_map"):
+    for key in ("quantization_config", "experts_implementation"):
         plain.pop(key, None)
+    if STUB in str(plain.get("auto_map")):  # not the one of a model with code of its own
+        plain.pop("auto_map")
     with CheckpointWriter(output) as writer:
         for plan in plans:
             steps.detail = plan.layer.decoder_layer

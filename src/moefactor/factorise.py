@@ -28,7 +28,7 @@ STAGE = "factorise"
 
 def factorise(
     model: StreamedModel, plan: Plan, method: Method, run: RunFolder, *, calibration: Calibration | None = None,
-    sequential: bool = True, progress: Progress = silent,
+    sequential: bool = True, progress: Progress = silent, seen: dict[str, Tensor] | None = None,
 ) -> dict[int, Entry]:  # fmt: skip
     """Factorises every layer that the journal lacks and enters it there. Returns the journal.
 
@@ -36,6 +36,7 @@ def factorise(
         calibration: the text that `sequential` runs through the layers.
         sequential: calibrate each layer on what the factorised layers before it really give; otherwise statistics
             come from the run folder. Methods that read no statistics here run nothing either way.
+        seen: filled with the tokens an expert of every layer that is observed, decoder layer -> (E,).
     """
     needs = method.factorise_needs(plan.options)
     if needs and sequential and calibration is None:
@@ -55,7 +56,7 @@ def factorise(
             "source": digest_of(run.source.structure)[:32], "dtype": str(model.dtype),
             "stored_dtype": str(model.stored_dtype), "maths": maths_version(*FACTORS),
         }  # fmt: skip
-        job = _Job(model, plan, method, run, about)
+        job = _Job(model, plan, method, run, about, {} if seen is None else seen)
         if len(job.done) < len(plan.layers):
             job.run_through(calibration, needs, progress) if live else job.each_alone(needs, progress)
     return job.done
@@ -64,8 +65,10 @@ def factorise(
 class _Job:
     """The journal of one factorisation and the steps that fill it."""
 
-    def __init__(self, model: StreamedModel, plan: Plan, method: Method, run: RunFolder, about: dict):
-        self.model, self.plan, self.method, self.run = model, plan, method, run
+    def __init__(
+        self, model: StreamedModel, plan: Plan, method: Method, run: RunFolder, about: dict, seen: dict[str, Tensor]
+    ):
+        self.model, self.plan, self.method, self.run, self.seen = model, plan, method, run, seen
         self.about = about  # whatever decides the bytes of a layer; a journal about something else is refused
         self.done = run.journal(about)
 
@@ -105,6 +108,7 @@ class _Job:
         layer = self.plan.layers[index].layer
         gradients = needs & GRADIENTS
         stats = observe(self.model, layer.decoder_layer, activations, needs - gradients, keep=False, tick=steps.tick)
+        self.seen[layer.decoder_layer] = stats.count
         if gradients:  # the dense model's, from calibration
             stats = stats.with_gradients(self.run.stats(index, self.model.device))
         module = self.model.model.get_submodule(layer.name)

@@ -111,11 +111,13 @@ def _umask() -> int:
     return mask
 
 
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Raises UserError for a file that is damaged or not there."""
+def read_tensors(
+    path: Path, device: torch.device | str = "cpu", only: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """All of a file's tensors, or `only` some. Raises UserError for a file that is damaged or not there."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in list(file.keys())}
+            return {name: file.get_tensor(name) for name in only or list(file.keys())}
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or truncated ({error}). Remove it and run the stage again.") from None
     except FileNotFoundError:

@@ -32,7 +32,7 @@ from .loading import load
 from .progress import Progress, Steps, silent
 from .runtime.module import FactorisedExperts
 from .streaming import checked_device, compute_dtype
-from .text import kept_windows, load_tokenizer, model_length, read_text, sources, tokenise, windows, write_windows
+from .text import Reading, all_windows, kept_windows, load_tokenizer, model_length, own_weight, write_windows
 
 STAGE = "heal"
 OWN_TEXT = "heal-text.safetensors"
@@ -75,7 +75,8 @@ class Healing:
 def heal(
     student: str | Path, teacher: str, output: str | Path, *, steps: int, text: str | None = None,
     seqlen: int | None = None, rate: float = RATE, labels: float = LABELS, train: Trained = "all", seed: int = 0,
-    device: torch.device | str | None = None, run: str | Path | None = None, progress: Progress = silent,
+    device: torch.device | str | None = None, run: str | Path | None = None, text_column: str | None = None,
+    trust_remote_code: bool = False, progress: Progress = silent,
 ) -> Healing:  # fmt: skip
     """Distils the dense model into a compressed folder and writes the healed one.
 
@@ -83,11 +84,14 @@ def heal(
         student, teacher: folder of the compressed model, and the model it was made from.
         output: folder to write; it must not exist.
         steps: of BATCH tokens each; fewer are taken when the held-out text says so.
-        text: as `--calibration`; all of it is used, over and over if need be.
+        text: as `--calibration`; all of it is used, over and over if need be; of sources with weights, as much as
+            there is in these proportions.
         rate: of the factors, see RATE.
         labels: weight of the text's own next tokens beside the dense model's; 0: distillation alone.
         train: `experts`: factors, routers and the norms before them; `all`: everything else too.
         run: folder for the state of an unfinished healing; `OUTPUT.heal` by default, removed at the end.
+        text_column: of .jsonl, .parquet and datasets that holds the text or the messages, see text.read_documents.
+        trust_remote_code: whether code from the models' repositories may run, for what transformers lacks.
 
     Raises UserError for anything that the caller can mend.
     """
@@ -105,29 +109,34 @@ def heal(
     with locked(place.with_name(f".{place.name}.heal.lock"), str(place)):
         return _heal(
             student, teacher, output, folder, place, steps=steps, text=text, seqlen=seqlen, rate=rate, labels=labels,
-            train=train, seed=seed, device=device, progress=progress,
+            train=train, seed=seed, device=device, text_column=text_column, trust_remote_code=trust_remote_code,
+            progress=progress,
         )  # fmt: skip
 
 
 def _heal(
     student: str | Path, teacher: str, output: Path, folder: Path, place: Path, *, steps: int, text: str | None,
-    seqlen: int | None, rate: float, labels: float, train: Trained, seed: int, device: torch.device, progress: Progress,
+    seqlen: int | None, rate: float, labels: float, train: Trained, seed: int, device: torch.device,
+    text_column: str | None, trust_remote_code: bool, progress: Progress,
 ) -> Healing:  # fmt: skip
-    model = load(str(student), device=device, dtype=torch.float32)
+    model = load(str(student), device=device, dtype=torch.float32, trust_remote_code=trust_remote_code)
     blocks = [m for m in model.modules() if isinstance(m, FactorisedExperts)]
     if not blocks:
         raise UserError(
             f"{student}: holds ordinary experts (fewer, or narrower ones). Healing trains factors; compress with a "
             "method that leaves some."
         )
-    dense = load(teacher, device=device, dtype="auto")
+    dense = load(teacher, device=device, dtype="auto", trust_remote_code=trust_remote_code)
     dense = dense.to(compute_dtype(dense.dtype, device)).requires_grad_(False)
     if dense.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise UserError(f"{teacher}: has another vocabulary than {student}; give the model it was made from.")
     length = model_length(model.config, seqlen)
-    # Of text of its own, half of what will be read, and never too little to hold some out.
-    own = min(OWN_WINDOWS, max(HELD_OUT, steps * max(1, BATCH // length) // 2))
-    every = _windows(dense, folder, text, length, own, seed, place / OWN_TEXT, progress)
+    # Of text of its own, at most half of what will be read, and never too little to hold some out.
+    share = min(0.5, own_weight(text))
+    own = min(OWN_WINDOWS, max(HELD_OUT, int(steps * max(1, BATCH // length) * share))) if share else 0
+    rows = len(model.get_input_embeddings().weight)
+    reading = Reading(load_tokenizer(folder, trust_remote_code), rows, length, text_column)
+    every = _windows(dense, reading, text, own, seed, place / OWN_TEXT, progress)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     aside = min(HELD_OUT, len(every) // 10)
     if aside < 1:
@@ -362,17 +371,17 @@ class _Healing:
 
 
 def _windows(
-    dense: nn.Module, folder: Path, text: str | None, length: int, count: int, seed: int, kept: Path,
-    progress: Progress,
-) -> Tensor:  # fmt: skip
-    """All of a text, and `count` windows of the dense model's own where that is asked for."""
-    read, own = sources(text)
-    tokenizer, parts = load_tokenizer(folder), []
-    if read or not own:
-        parts.append(windows(tokenise(tokenizer, read_text(read)), length, text or "the built-in text"))
-    if own:
+    dense: nn.Module, reading: Reading, text: str | None, count: int, seed: int, kept: Path, progress: Progress
+) -> Tensor:
+    """All of a text, and `count` windows of the dense model's own."""
+    parts, length = [], reading.length
+    if own_weight(text) < 1:
+        parts.append(all_windows(reading, text))
+    if count:
         about = (dense.config.name_or_path, count, length, seed)
-        parts.append(kept_windows(kept, about, lambda: write_windows(dense, tokenizer, count, length, seed, progress)))
+        parts.append(
+            kept_windows(kept, about, lambda: write_windows(dense, reading.tokenizer, count, length, seed, progress))
+        )
     return torch.cat(parts)
 
 

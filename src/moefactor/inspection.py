@@ -30,11 +30,11 @@ class Inspection:
         return self.parameters - removed, removed / self.parameters
 
 
-def inspect(name: str) -> Inspection:
+def inspect(name: str, *, trust_remote_code: bool = False) -> Inspection:
     """Reads config.json and the safetensors headers; no weights."""
     folder = resolve(name)
-    config = read_config(folder, name)
-    model = build_skeleton(config, name)
+    config = read_config(folder, name, trust_remote_code)
+    model = build_skeleton(config, name, trust_remote_code=trust_remote_code)
     layers = find_experts(model, name)
     return Inspection(
         name,

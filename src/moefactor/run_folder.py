@@ -111,6 +111,11 @@ class RunFolder:
         path = self._path("stats", index)
         return LayerStats.of(read_tensors(path, device), str(path)) if path.is_file() else None
 
+    def counts(self, index: int) -> Tensor:
+        """(E,) calibration tokens of each expert of a layer."""
+        folder = self.calibrated or self
+        return read_tensors(folder._path("stats", index), only=("count",))["count"]
+
     def calibrating(self, about: dict) -> dict:
         """How far an unfinished calibration is that was about the same; {} where there is none."""
         data = read_json(self.folder / "calibrating.json") or {}

@@ -14,11 +14,16 @@ killed one goes on where it was; each refuses what belongs to other weights, opt
 from __future__ import annotations
 
 import shlex
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from .calibrate import Calibration, calibrate, own_share
+from .coverage import Coverage, coverage, unreached
 from .errors import UserError
 from .factorise import factorise
 from .methods import Method, get
@@ -42,6 +47,7 @@ class Recipe:
         allocation, rank_multiple: see make_plan.
         calibration: text file, folder or dataset, see Calibration.read.
         own_text: share of it that the model writes itself; None for the method's own.
+        text_column: of .jsonl, .parquet and datasets.
     """
 
     method: Method
@@ -55,6 +61,7 @@ class Recipe:
     samples: int = 256
     seqlen: int | None = None
     seed: int = 0
+    text_column: str | None = None
 
     @classmethod
     def of(cls, method: str, options: dict, **rest: object) -> Recipe:
@@ -69,7 +76,10 @@ class Recipe:
     def check(self) -> None:
         """Raises UserError for options that the method does not read."""
         self.method.needs_to_plan(self.options, self.allocation)
-        given = {"calibration": self.calibration, "own-text": self.own_text or None, "seqlen": self.seqlen}
+        given = {
+            "calibration": self.calibration, "own-text": self.own_text or None, "seqlen": self.seqlen,
+            "text-column": self.text_column,
+        }  # fmt: skip
         for option, value in given.items():
             if value is not None and not self.reads_text:
                 raise UserError(f"{self.method.name} reads no text with these options; leave --{option} out.")
@@ -96,6 +106,7 @@ class Run:
     recipe: Recipe
     folder: RunFolder
     progress: Progress = silent
+    on_coverage: Callable[[list[Coverage]], None] = lambda rows: None
 
     def check(self) -> None:
         """Raises UserError for what can be known to be wrong before anything is read."""
@@ -119,7 +130,7 @@ class Run:
             return None
         return Calibration.read(
             self.model, recipe.calibration, samples=recipe.samples, seqlen=recipe.seqlen, seed=recipe.seed,
-            own=self.own_share, kept=self.folder.own_text, progress=self.progress,
+            own=self.own_share, text_column=recipe.text_column, kept=self.folder.own_text, progress=self.progress,
         )  # fmt: skip
 
     def calibrate(self, statistics: set[str] | None = None) -> None:
@@ -127,6 +138,17 @@ class Run:
         needs = self.recipe.statistics if statistics is None else statistics
         if needs and self.text is not None:
             calibrate(self.model, self.folder, self.text, needs, progress=self.progress)
+            self._tell({
+                layer.decoder_layer: self.folder.counts(index) for index, layer in enumerate(self.model.experts)
+            })  # fmt: skip
+
+    def _tell(self, counts: dict[str, Tensor]) -> None:
+        """How many tokens each expert saw; a warning names those that saw none."""
+        rows = coverage(counts)
+        self.on_coverage(rows)
+        gaps = unreached(rows)
+        if gaps:
+            warnings.warn(gaps, stacklevel=2)
 
     def plan(self) -> Plan:
         recipe = self.recipe
@@ -137,10 +159,13 @@ class Run:
 
     def factorise(self, plan: Plan) -> None:
         text = self.text if self.recipe.sequential and self.recipe.method.factorise_needs(self.recipe.options) else None
+        seen: dict[str, Tensor] = {}
         factorise(
             self.model, plan, self.recipe.method, self.folder, calibration=text, sequential=self.recipe.sequential,
-            progress=self.progress,
+            progress=self.progress, seen=seen,
         )  # fmt: skip
+        if seen and not self.recipe.statistics:  # else calibration has told
+            self._tell(seen)
 
     def write(self, plan: Plan, output: Path, command: str | None = None) -> None:
         with self.folder.opened(self.model):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .checkpoint import Checkpoint, ModelReader, resolve
-from .discover import build_skeleton, decoder_layers, find_experts, read_config
+from .discover import build_skeleton, decoder_layers, find_experts, own_model, read_config
 from .errors import UserError
 from .experts import ExpertLayer, ExpertWeights
 from .fp8 import Fp8Source
@@ -132,17 +132,22 @@ class StreamedModel:
         device: where layers are loaded and run.
         dtype: that they are run in; None for the checkpoint's own, or float32 on a CPU without bfloat16 instructions,
             where emulation takes three times as long.
+        trust_remote_code: whether code from the model's repository may run, for what transformers lacks.
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
-        self.name = name
+    def __init__(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ):  # fmt: skip
+        self.name, self.trust_remote_code = name, trust_remote_code
         self.device = checked_device(device)
         self.folder: Path = resolve(name)
-        self.config = read_config(self.folder, name)
+        self.config = read_config(self.folder, name, trust_remote_code)
+        self.own_code = own_model(self.config, name, trust_remote_code)  # the model's class is its repository's
         source = _quantised_source(self.config, name)
         self.stored_dtype: torch.dtype = self.config.dtype or torch.float32
         self.dtype = dtype or compute_dtype(self.stored_dtype, self.device)
-        self.model = build_skeleton(self.config, name, self.dtype)
+        self.model = build_skeleton(self.config, name, self.dtype, trust_remote_code)
         self.experts: list[ExpertLayer] = find_experts(self.model, name)
         self.decoder_layers = decoder_layers(self.model, self.experts)
         self.reader = ModelReader(Checkpoint(self.folder), self.model, source)

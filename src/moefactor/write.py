@@ -41,10 +41,10 @@ def write_checkpoint(model: StreamedModel, plan: Plan, run: RunFolder, output: P
 
         writer.copy_plain(model.reader.checkpoint, rest, source=model.reader.source, change=change)
         writer.companions(model.folder)
-        writer.text("config.json", checkpoint_config(model.folder, plan, model.config.model_type))
+        writer.text("config.json", checkpoint_config(model.folder, plan, model.config.model_type, model.own_code))
         writer.text("plan.json", plan.dumps())
         writer.text("compression.json", json.dumps(run.report(), indent=1) + "\n")
-        if not standard:
+        if not standard and not model.own_code:
             for name, content in loader_stub().items():
                 writer.text(name, content)
         writer.text("README.md", model_card(plan, command))

@@ -18,8 +18,9 @@ STUB = "modeling_moefactor"
 STUB_CLASS = "MoefactorForCausalLM"
 
 
-def checkpoint_config(source: Path, plan: Plan, model_type: str) -> str:
-    """The source's config.json with our `quantization_config`, and two guards for readers without the package.
+def checkpoint_config(source: Path, plan: Plan, model_type: str, own_code: bool = False) -> str:
+    """The source's config.json with our `quantization_config`, and two guards for readers without the package; one
+    where only the repository's own code knows the architecture (own_code), since that code is named in the same place.
 
     `experts_implementation` is a name that transformers refuses unless moefactor is imported; without it the model
     would load with random experts and still generate.
@@ -30,7 +31,8 @@ def checkpoint_config(source: Path, plan: Plan, model_type: str) -> str:
         return json.dumps(_smaller(config, plan), indent=2) + "\n"
     config["quantization_config"] = quantization_config(plan)
     config["experts_implementation"] = QUANT_METHOD
-    config["auto_map"] = {"AutoModelForCausalLM": f"{STUB}.{STUB_CLASS}"}
+    if not own_code:
+        config["auto_map"] = {"AutoModelForCausalLM": f"{STUB}.{STUB_CLASS}"}
     return json.dumps(config, indent=2) + "\n"
 
 
