@@ -7,11 +7,13 @@ transformers 5 stores the experts of nearly every MoE in one fused layout and ma
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from . import models  # noqa: F401 (registers what transformers lacks)
@@ -42,13 +44,32 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
 def build_skeleton(config: PretrainedConfig, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with every parameter on the meta device and every buffer (rotary tables) real."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     except ValueError as error:
         raise UserError(
             f"{name} ({config.model_type}): not a causal language model: {str(error).splitlines()[0]}"
         ) from None
     return model.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside keep the shapes of their parameters alone; their buffers are real.
+
+    torch.device("meta") would take the buffers along: rotary tables, which no checkpoint holds.
+    """
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        empty.__dict__.update(vars(parameter))  # transformers' marks
+        return empty
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def is_fused_experts(module: nn.Module) -> bool:

@@ -22,6 +22,8 @@ class FactorisedExperts(nn.Module):
     No dense expert is built for one basis, low rank and linear mixtures; other forms rebuild at most those hit.
     """
 
+    has_post_expert_norm = False  # a model's own attribute only from transformers 5.20 on
+
     def __init__(self, plan: LayerPlan, dtype: torch.dtype):
         super().__init__()
         self.layer: ExpertLayer = plan.layer
