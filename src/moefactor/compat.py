@@ -52,11 +52,11 @@ def check_shapes(module: nn.Module, prefix: str, expected: dict[str, torch.Size]
 def mend_dtypes(model: PreTrainedModel, expected: dict[str, torch.dtype]) -> None:
     """Until 5.21 what a quantizer reads under another name than the model's keeps the dtype that it has on disk.
 
-    `expected` is what each parameter had before loading; parameters on the meta device are put off to disk.
+    `expected` is what the model's state had before loading; what is put off to disk is on the meta device.
     """
-    for name, parameter in model.named_parameters():
-        dtype = expected.get(name, parameter.dtype)
-        if parameter.dtype != dtype and parameter.is_floating_point() and parameter.device.type != "meta":
-            kept = model._get_dtype_plan(dtype)  # what the architecture wants in float32 whatever the model's dtype
-            if not kept or not build_glob_alternation(list(kept))[0].search(name):
-                parameter.data = parameter.data.to(dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in expected and tensor.is_floating_point() and tensor.device.type != "meta":
+            # Some tensors, routers' corrections above all, are to stay in float32 whatever the model's dtype.
+            kept = list(model._get_dtype_plan(expected[name]))
+            strict = kept and build_glob_alternation(kept)[0].search(name)
+            tensor.data = tensor.data.to(torch.float32 if strict else expected[name])

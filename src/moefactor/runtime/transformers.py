@@ -47,7 +47,7 @@ class MoefactorQuantizer(HfQuantizer):
             parent = model.get_submodule(parent_name)
             setattr(parent, leaf, FactorisedExperts.replacing(getattr(parent, leaf), plan))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         show_parallel_plans(self, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
