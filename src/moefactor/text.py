@@ -74,8 +74,10 @@ def _read_file(path: Path) -> str:
 
 
 def _read_dataset(name: str, split: str) -> str:
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError:
+        raise UserError(f"{name}: reading data sets takes the package datasets: pip install datasets") from None
     repository, configuration, column = DATASETS.get(name, (name, None, "text"))
     split = "validation" if name == "c4" and split == "test" else split
     try:

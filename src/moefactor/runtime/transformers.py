@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import is_accelerate_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import quiet, resolve
@@ -97,5 +98,8 @@ ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, _only_factorised)
 
 def load(name: str, *, device: torch.device | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A model, dense or compressed, whole on one device, as the other verbs use it."""
+    # Straight to a GPU takes accelerate; without it, by way of the host's memory.
+    direct = {"device_map": str(device)} if is_accelerate_available() else {}
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, device_map=str(device)).eval()
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, **direct)
+    return (model if direct else model.to(device)).eval()
