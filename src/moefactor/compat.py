@@ -5,13 +5,18 @@ Each part says from which version on it may go. None asks for the version: what 
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightTransform, build_glob_alternation
 from transformers.quantizers import HfQuantizer
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
 
 
 def has_post_expert_norm(module: nn.Module) -> bool:
@@ -54,9 +59,10 @@ def mend_dtypes(model: PreTrainedModel, expected: dict[str, torch.dtype]) -> Non
 
     `expected` is what the model's state had before loading; what is put off to disk is on the meta device.
     """
+    if hasattr(HfQuantizer, "get_new_dtype"):
+        return
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in expected and tensor.is_floating_point() and tensor.device.type != "meta":
             # Some tensors, routers' corrections above all, are to stay in float32 whatever the model's dtype.
-            kept = list(model._get_dtype_plan(expected[name]))
-            strict = kept and build_glob_alternation(kept)[0].search(name)
-            tensor.data = tensor.data.to(torch.float32 if strict else expected[name])
+            kept = any(re.search(part.replace("*", ".*"), name) for part in model._get_dtype_plan(expected[name]))
+            tensor.data = tensor.data.to(torch.float32 if kept else expected[name])
