@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
 
