@@ -2,6 +2,9 @@
 # Makes .venv with everything that `make demo` and `make test` need. Safe to run again.
 #
 #   PYTHON       the Python to start from, 3.10 or later (python3)
+#   VENV         the environment to make (.venv)
+#   PINS         further requirements, to choose versions ("transformers==5.19.0"); `floors`: the lowest of everything
+#                that pyproject.toml takes, but for PyTorch
 #   TORCH        what to install where that Python has no PyTorch of its own
 #   TORCH_INDEX  CPU-only builds of it, a tenth of the size, for Linux machines without an NVIDIA GPU
 set -euo pipefail
@@ -10,7 +13,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 TORCH=${TORCH:-torch==2.13.0}
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
-VENV=.venv
+VENV=${VENV:-.venv}
+PINS=${PINS:-}
 
 has_torch() { # a PyTorch that imports and is new enough
     "$1" -c 'import torch; raise SystemExit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))' 2>/dev/null
@@ -42,4 +46,10 @@ if ! has_torch "$VENV/bin/python"; then
     "$VENV/bin/python" -m pip install "$TORCH" ${index[@]+"${index[@]}"}
 fi
 
-"$VENV/bin/python" -m pip install --quiet --editable '.[test]'
+if [[ "$PINS" == floors ]]; then
+    # What installing and running takes, from the lines of pyproject.toml that say "name>=version"; not the tests' tools.
+    PINS=$(sed -n '/^dependencies/,/^cli/p' pyproject.toml | grep -o '"[a-z-]*>=[0-9.]*' | tr -d '"' | grep -v '^torch' |
+        sed 's/>=/==/' | tr '\n' ' ')
+fi
+read -ra pins <<<"$PINS"
+"$VENV/bin/python" -m pip install --quiet --editable '.[test]' ${pins[@]+"${pins[@]}"}

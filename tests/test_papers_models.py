@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 import moefactor
 from models import load, logits, on_disk, read_plan, rebuilt
 from moefactor.checkpoint import INDEX
+from moefactor.errors import UserError
 from moefactor.experts import ExpertLayer
 from moefactor.runtime.module import FactorisedExperts
 from moefactor.streaming import StreamedModel
@@ -212,6 +213,18 @@ def test_fp8_is_read_with_the_declared_block(model: str, sources: Callable[[str]
         name = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"  # 24 rows as well
         expected = by_hand(published[name], published[name + "_scale_inv"])
         assert torch.equal(decoder.self_attn.kv_a_proj_with_mqa.weight.bfloat16(), expected)
+
+
+def test_an_fp8_source_of_another_shape(sources: Callable[[str], Path], copied: Callable[[Path], Path]) -> None:
+    folder = copied(sources("DeepSeek-V3"))
+    name = "model.layers.1.input_layernorm.weight"
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            save_file(tensors | {name: tensors[name][:-1].clone()}, path, metadata={"format": "pt"})
+    streamed = StreamedModel(str(folder))
+    with pytest.raises(UserError, match=rf"{name}: has shape \(31,\) in the checkpoint, the model expects \(32,\)"):
+        streamed.reader.load("model.layers.1", torch.device("cpu"))
 
 
 # -- DeepSeekMoE-16B, whose class is ours ---------------------------------------------------------------------------

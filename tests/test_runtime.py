@@ -39,6 +39,28 @@ def test_resident_expert_bytes_are_the_plans(folder: Path, dtype: torch.dtype, t
     assert logits(model).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["mixtral", "minimax_m2", "deepseek_v3"])
+def test_every_other_tensor_has_the_dtype_that_the_dense_model_gives_it(
+    kind: str, dtype: torch.dtype, compressed: Callable[..., Path], tiny_model: Callable[..., Path]
+) -> None:
+    """Also where its name on disk is another one, or the architecture keeps it in float32."""
+    dense = load(tiny_model(kind, torch.bfloat16), dtype=dtype).state_dict()
+    found = load(compressed(kind, dtype=torch.bfloat16), dtype=dtype).state_dict()
+    same = dense.keys() & found.keys()
+    assert len(same) > 10
+    assert {name: found[name].dtype for name in same} == {name: dense[name].dtype for name in same}
+
+
+def test_the_experts_have_no_rule_of_parallelism(folder: Path, tiny_model: Callable[..., Path]) -> None:
+    """Or tensor parallelism would all-reduce their output twice."""
+    dense, model = load(tiny_model("qwen3_moe", torch.bfloat16)), load(folder)
+    assert any(".experts" in name for name in dense._tp_plan)
+    assert any(".experts" in name for name in dense._ep_plan)
+    assert model._tp_plan
+    assert not [name for name in {**model._tp_plan, **model._ep_plan} if ".experts" in name]
+
+
 def test_the_checkpoints_dtype_is_the_default(folder: Path) -> None:
     assert {t.dtype for t in on_disk(folder).values()} == {torch.bfloat16}
     assert load(folder).dtype == torch.bfloat16

@@ -235,7 +235,7 @@ def test_what_fits_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         (enough, None, True), (little, None, False), (enough, "max", True), (enough, little, False),
         (little, enough, False),
     ):  # fmt: skip
-        monkeypatch.setattr("moefactor.streaming.virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        monkeypatch.setattr("moefactor.streaming.installed_memory", lambda total=total: total)
         limit.unlink(missing_ok=True)
         if contained is not None:
             limit.write_text(f"{contained}\n")

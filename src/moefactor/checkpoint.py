@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from .compat import check_shapes
 from .errors import UserError
 from .experts import check_finite
 from .files import sync_folder, write_atomically, write_tensors
@@ -129,6 +130,7 @@ class ModelReader:
         self.model = model
         self.source = source
         self.dtype = model.dtype  # noted now: parameters that were released remember what they were loaded in
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.conversions = get_model_conversion_mapping(model, None, source)
         self.on_read: Callable[[list[str]], None] = lambda names: None  # told the tensors (on disk) of every load
         _return_freed_memory()
@@ -201,6 +203,7 @@ class ModelReader:
                 "Download the model again, or check that its config.json belongs to it."
             )
         module = self.model.get_submodule(prefix)
+        check_shapes(module, prefix, self.shapes)
         check_finite(prefix, {n: p for n, p in module.named_parameters() if p.device.type != "meta"})
         module.requires_grad_(False)
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -94,7 +94,7 @@ def build_skeleton(
     """The model with every parameter on the meta device and every buffer (rotary tables) real."""
     own = own_model(config, name, trust_remote_code)
     try:
-        with running_own_code(name, own), init_empty_weights(include_buffers=False):
+        with running_own_code(name, own), parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=own
             )
@@ -103,6 +103,25 @@ def build_skeleton(
             f"{name} ({config.model_type}): not a causal language model: {str(error).splitlines()[0]}"
         ) from None
     return model.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside keep the shapes of their parameters alone; their buffers are real.
+
+    torch.device("meta") would take the buffers along: rotary tables, which no checkpoint holds.
+    """
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        empty.__dict__.update(vars(parameter))  # transformers' marks
+        return empty
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def is_fused_experts(module: nn.Module) -> bool:

@@ -12,6 +12,8 @@ from transformers import FineGrainedFP8Config, PretrainedConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from .compat import replace_operation
+
 SCALE = "_scale_inv"
 
 
@@ -42,5 +44,5 @@ class Fp8Source(FineGrainedFP8HfQuantizer):
     def block(self) -> tuple[int, int]:
         return tuple(self.quantization_config.weight_block_size)
 
-    def get_load_operations(self) -> dict:
-        return {"dequantize": DeclaredBlocks}
+    def update_weight_conversions(self, *conversions: object) -> list:
+        return replace_operation(super().update_weight_conversions(*conversions), Fp8Dequantize, DeclaredBlocks(self))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from .checkpoint import quiet, resolve
 from .discover import own_model, read_config, running_own_code
@@ -18,8 +19,10 @@ def load(
     folder = resolve(name)
     config = read_config(folder, name, trust_remote_code)
     own = own_model(config, name, trust_remote_code)
+    # Straight to a GPU takes accelerate; without it, by way of the host's memory.
+    direct = {"device_map": str(device)} if is_accelerate_available() else {}
     with running_own_code(name, own), quiet():
-        return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, device_map=str(device), trust_remote_code=own,
-            generation_config=GenerationConfig(),
-        ).eval()  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=own, generation_config=GenerationConfig(), **direct
+        )
+    return (model if direct else model.to(device)).eval()

@@ -6,6 +6,7 @@ arguments (masks, positions) that each layer gets. Then each layer is loaded, ru
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from psutil import virtual_memory
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .checkpoint import Checkpoint, ModelReader, resolve
+from .compat import has_post_expert_norm
 from .discover import build_skeleton, decoder_layers, find_experts, own_model, read_config
 from .errors import UserError
 from .experts import ExpertLayer, ExpertWeights
@@ -74,7 +75,7 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
         y = _multiply(h, down[expert], module.is_transposed)
         if module.has_bias:
             y = y + module.down_proj_bias[expert]
-        if module.has_post_expert_norm:
+        if has_post_expert_norm(module):
             y = module.post_expert_norm(y)
         rows.append(y)
         if observer is not None:
@@ -338,4 +339,9 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else ""
-    return min(virtual_memory().total, int(limit) if limit.isdigit() else sys.maxsize)
+    return min(installed_memory(), int(limit) if limit.isdigit() else sys.maxsize)
+
+
+def installed_memory() -> int:
+    """Bytes of the machine; Windows has no sysconf, and is trusted to have enough."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize

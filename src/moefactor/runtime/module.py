@@ -23,6 +23,8 @@ class FactorisedExperts(nn.Module):
     How each stack is run is up to its kernel (kernels/), chosen by form, device and dtype.
     """
 
+    has_post_expert_norm = False  # a model's own attribute only from transformers 5.20 on
+
     def __init__(self, plan: LayerPlan, dtype: torch.dtype):
         super().__init__()
         self.layer: ExpertLayer = plan.layer

@@ -14,6 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import models  # noqa: F401 (registers what transformers lacks)
+from ..compat import check_shapes, mend_dtypes, show_parallel_plans
 from ..errors import UserError
 from .format import QUANT_METHOD, layer_plans
 from .module import FactorisedExperts
@@ -46,6 +47,9 @@ class MoefactorQuantizer(HfQuantizer):
             parent_name, _, leaf = plan.layer.name.rpartition(".")
             parent = model.get_submodule(parent_name)
             setattr(parent, leaf, FactorisedExperts.replacing(getattr(parent, leaf), plan))
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        show_parallel_plans(self, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         # transformers fills what a file lacks with whatever was in memory; only what it loaded carries this flag.
@@ -59,6 +63,8 @@ class MoefactorQuantizer(HfQuantizer):
         lost = [name for name in unfilled if name.rpartition(".")[0] in experts]
         if lost:
             raise UserError(f"{lost[0]}: missing from the checkpoint ({len(lost)} such tensors). Download it again.")
+        check_shapes(model, "", self.shapes)
+        mend_dtypes(model, self.dtypes)
         # Saved again by save_pretrained, so that a copy too is refused by readers without the package; the stub file
         # is not copied along, so neither is its entry.
         model.config.experts_implementation = QUANT_METHOD
