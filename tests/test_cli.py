@@ -219,3 +219,15 @@ def test_the_library_does_what_the_command_does(source: Path, text_file: Path, o
     library, line = on_disk(tmp_path / "library"), on_disk(tmp_path / "command")
     assert library.keys() == line.keys()
     assert all(torch.equal(tensor, line[name]) for name, tensor in library.items())
+
+
+def test_how_forms_would_be_run(source: Path, text_file: Path, ok: Callable, command: Callable, tmp_path: Path) -> None:
+    text = ["--calibration", text_file, "--samples", 4, "--seqlen", 16]
+    ok("compress", source, "-o", tmp_path / "ragged", "-m", "channels", *text)
+    ok("compress", source, "-o", tmp_path / "svd", "-m", "svd")
+    assert "a loop over experts" in ok("methods", "--kernels", tmp_path / "ragged")
+    assert "experts kept uneven widths" in " ".join(ok("methods", "--kernels", tmp_path / "ragged").split())
+    assert "does not take float64" not in ok("methods", "--kernels", tmp_path / "svd", "--dtype", "float32")
+    code, _, said = command("methods", "--kernels", source)
+    assert code == 2
+    assert "holds no factors of moefactor's" in said

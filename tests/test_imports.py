@@ -208,4 +208,4 @@ def test_the_command_line_says_which_extra_it_lacks() -> None:
 
 def test_a_dataset_says_what_it_lacks() -> None:
     done = without_extras("from moefactor.text import read_text; read_text('wikitext2')")
-    assert "UserError: wikitext2: no such file or folder, and reading a dataset needs datasets (pip install" in done.stderr
+    assert "UserError: wikitext2: no such file or folder, and reading a dataset needs datasets" in done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal, get_args, get_origin
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -34,6 +35,7 @@ from .files import FULL, locked
 from .generate import generate as generate_verb
 from .healing import LABELS, Healing, Trained
 from .healing import heal as heal_verb
+from .inspection import KernelChoice, kernels_of
 from .inspection import inspect as inspect_verb
 from .methods import METHODS, available, get
 from .plan import Plan
@@ -104,6 +106,7 @@ RankMultiple = Annotated[
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+DTYPES = {name: getattr(torch, name) for name in get_args(Dtype)[1:]}
 
 
 class Bars:
@@ -173,8 +176,19 @@ def inspect(model: Model, ratio: Ratio = 0.4, trust_remote_code: Trust = False) 
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="A compressed folder: how its forms would be run here, and why not faster.")
+    ] = None,
+    device: Device = None, dtype: Annotated[Dtype, typer.Option(help="With --kernels; auto: the folder's.")] = "auto",
+) -> None:  # fmt: skip
     """The compression methods; with a name, that method's options."""
+    if kernels is not None:
+        console.print(
+            kernel_table(kernels_of(kernels, device=device, dtype=None if dtype == "auto" else DTYPES[dtype]))
+        )
+        return
     if name is None:
         table = Table("method", "what it does", "paper")
         for method in map(get, available()):
@@ -192,6 +206,14 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, for its o
         table.add_row(f"--{option.replace('_', '-')}", shown, described)
     console.print(method.description, markup=False, highlight=False)
     console.print(table)
+
+
+def kernel_table(choices: list[KernelChoice]) -> Table:
+    table = Table("stack", "form", "stacks", "is run by", "what would be faster, and why not")
+    for choice in choices:
+        reasons = "; ".join(f"{way}: {why}" for way, why in choice.slower_because)
+        table.add_row(choice.stack, choice.form, str(choice.stacks), choice.kernel, reasons)
+    return table
 
 
 @app.command(context_settings=METHOD_FLAGS)

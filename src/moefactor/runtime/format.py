@@ -89,6 +89,16 @@ def layer_plans(config: dict, layers: list[ExpertLayer]) -> list[LayerPlan]:
     return plans
 
 
+def described_layers(config: dict) -> list[LayerPlan]:
+    """The layers of a `quantization_config` by what it says itself, for a reader that has not built the model."""
+    plans = []
+    for entry in config["layers"]:
+        gated = set(entry["stacks"]) != {"up", "down"}
+        shape = {name: entry[name] for name in ("experts", "intermediate", "hidden")}
+        plans.append(LayerPlan.from_json(entry, ExpertLayer(entry["name"], entry["name"], gated=gated, **shape)))
+    return plans
+
+
 def _longest_suffix(name: str, names: dict[str, dict]) -> str | None:
     def shared(other: str) -> int:
         pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)

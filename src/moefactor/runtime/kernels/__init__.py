@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ...forms import Form
+from ...forms import Form, Ragged
 from ...routing import Routing
 from .base import Kernel
 from .basis_mixture import BasisMixtureKernel
@@ -20,7 +20,7 @@ from .reference import Rebuilt
 from .setting import Setting
 from .shared_basis import SharedBasisKernel, SharedPrivateKernel
 
-__all__ = ["KERNELS", "Kernel", "Routing", "Setting", "Way", "choose", "why_not"]
+__all__ = ["KERNELS", "Kernel", "Routing", "Setting", "Way", "choose", "way", "why_not"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,16 @@ def _always(form: Form, setting: Setting) -> None:
     return None
 
 
-def _ways(kernel: type[Kernel]) -> tuple[Way, ...]:
+def _uneven(form: Ragged, setting: Setting) -> str | None:
+    if not form.common_width:
+        return "experts kept uneven widths, and a grouped GEMM wants one"
+    return grouped_hindrance(form, setting)
+
+
+def _ways(kernel: type[Kernel], hindrance: Callable[..., str | None] = grouped_hindrance) -> tuple[Way, ...]:
     """A kernel whose products can be grouped or looped."""
     return (
-        Way("grouped GEMM", partial(kernel, linear=grouped_linear), grouped_hindrance),
+        Way("grouped GEMM", partial(kernel, linear=grouped_linear), hindrance),
         Way("a loop over experts", partial(kernel, linear=looped_linear), _always),
         REFERENCE,
     )
@@ -60,7 +66,7 @@ def _around(kernel: type[Kernel], inner: str) -> tuple[Way, ...]:
 REFERENCE = Way("experts rebuilt", Rebuilt, _always)
 KERNELS: dict[str, tuple[Way, ...]] = {
     "dense": _ways(DenseKernel),
-    "ragged": _ways(RaggedKernel),
+    "ragged": _ways(RaggedKernel, _uneven),
     "shared_basis": _ways(SharedBasisKernel),
     "shared_private": _ways(SharedPrivateKernel),
     "basis_mixture": _ways(BasisMixtureKernel),
