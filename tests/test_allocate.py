@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 
 from moefactor.allocate import (
     RULES,
-    Alternative,
     Budget,
     LayerOffers,
     Offer,
-    Slot,
     TooSmall,
-    improve,
-    knapsack,
     plan_offers,
     spend,
     water_fill,
@@ -28,6 +24,7 @@ from moefactor.allocate import (
 from moefactor.errors import NotFinite, UserError
 from moefactor.experts import ExpertLayer
 from moefactor.forms import SharedBasis
+from moefactor.knapsack import Alternative, Slot, improve, knapsack
 
 QUICK = settings(max_examples=60, deadline=None)
 # Large enough that any of the offers below is a compression of it.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..experts import ExpertLayer
 from ..forms import INT32, Form
 from ..plan import LayerPlan
-from .kernels import Kernel, Routing, Setting, choose
+from .kernels import Kernel, Routing, Setting, choose, why_not
 
 # What nn.Module itself keeps in an instance; everything else is the architecture's own (limits, alphas, sizes).
 _MODULE_STATE = frozenset(vars(nn.Module()))
@@ -119,6 +119,12 @@ class FactorisedExperts(nn.Module):
         for stack, kernel in self.kernels.items():
             for name, tensor in kernel.laid_out(self._factors(stack)).items():
                 getattr(self, f"{stack}_{name}").data = tensor.data
+
+    def hindrances(self) -> list[str]:
+        """Why kernels that would be faster than the chosen ones do not apply where the factors are now."""
+        at = next(p for p in self.parameters(recurse=False) if p.is_floating_point())
+        setting = Setting.at(at.device, at.dtype)
+        return [f"{way}: {why}" for form in self.forms.values() for way, why in why_not(form, setting)]
 
     def _factors(self, stack: str) -> dict[str, Tensor]:
         return {name: getattr(self, f"{stack}_{name}") for name in self.forms[stack].tensors()}

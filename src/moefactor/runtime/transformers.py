@@ -6,6 +6,8 @@ registers it.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -70,9 +72,13 @@ class MoefactorQuantizer(HfQuantizer):
         model.config.experts_implementation = QUANT_METHOD
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
+        hindrances: dict[str, None] = {}
         for module in model.modules():
             if isinstance(module, FactorisedExperts):
                 module.lay_out()
+                hindrances |= dict.fromkeys(module.hindrances())
+        if hindrances and model.device.type == "cuda":
+            warnings.warn(f"Experts run slower than they could: {'; '.join(hindrances)}.", stacklevel=2)
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:

@@ -17,12 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...allocate import Alternative, Budget, Planned, Slot, improve, knapsack
+from ...allocate import Budget, Planned
 from ...errors import UserError
 from ...experts import ExpertLayer
 from ...fitting.channels import ragged_forms
 from ...fitting.metrics import Cut, Metrics
 from ...forms import BasisMixture, Form, Latent
+from ...knapsack import Alternative, Slot, improve, knapsack
 from ...plan import LayerPlan
 from .mixtures import RANKS, MixturePrices, Side, highest_rank, mixture_prices
 
