@@ -177,7 +177,7 @@ def calibrate(
     activations = model.embed(batches)
     for number, decoder_layer in enumerate(layers):
         if gradients:
-            run.write_activations(number, activations.states)
+            run.write_activations(number, activations.tensors())
         keep = bool(gradients) or decoder_layer != last
         with model.loaded(decoder_layer):
             stats = observe(model, decoder_layer, activations, needs - gradients, keep=keep, tick=steps.tick)
@@ -199,7 +199,7 @@ def _calibrate_backward(
     first = model.experts[0].decoder_layer
     for number in reversed(range(len(model.decoder_layers))):
         decoder_layer = model.decoder_layers[number]
-        activations.states = run.activations(number, model.device)
+        activations.enter(run.activations(number, model.device))
         layer = model.experts_of(decoder_layer)
         steps.detail = f"{decoder_layer}, backward"
         with model.loaded(decoder_layer):

@@ -377,7 +377,7 @@ def _write(folder: Path, model: nn.Module, best: dict[str, Tensor], output: Path
     targets, on_disk = reader.targets, reader.disk_layout(best)
 
     def change(name: str, tensor: Tensor) -> Tensor:
-        healed = on_disk.get(name, best.get(targets.get(name, name)))
+        healed = on_disk.get(name, best.get(targets.get(name, (name,))[0]))
         return tensor if healed is None else healed.to(tensor, copy=True).view_as(tensor)  # tied ones must not share
 
     with CheckpointWriter(output) as writer:

@@ -51,6 +51,8 @@ class LayerPlan:
         widths = {w for form in self.forms.values() if isinstance(form, Ragged) for w in form.widths}
         if len(widths) > 1 or 0 in widths or (self.layer.fixed_width and widths - {self.layer.intermediate}):
             return None
+        if self.kept is not None and self.layer.fixed_count:
+            return None
         return self.remaining.experts, *(widths or {self.layer.intermediate})
 
     def to_json(self) -> dict:
