@@ -30,7 +30,6 @@ from .evaluate import Evaluation
 from .evaluate import evaluate as evaluate_verb
 from .export import export_dense
 from .factorise import factorise as factorise_verb
-from .factorise import write_checkpoint
 from .generate import generate as generate_verb
 from .heal import LABELS, Healing, Trained
 from .heal import heal as heal_verb
@@ -41,6 +40,7 @@ from .planning import make_plan
 from .run_folder import RunFolder
 from .stats import STATISTICS
 from .streaming import StreamedModel, default_device
+from .write import check_method, write_checkpoint
 
 app = typer.Typer(
     help="Make Mixture-of-Experts models smaller by factorising their experts, without retraining.",
@@ -89,6 +89,9 @@ RankMultiple = Annotated[
     int | None, typer.Option(help="Ranks come in multiples of this.", show_default="8 on wide models, 1 on narrow")
 ]
 
+DropMtp = Annotated[
+    bool, typer.Option("--drop-mtp", help="Leave out multi-token-prediction layers; config.json says there are none.")
+]
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -190,6 +193,7 @@ def compress(
     heal: Annotated[
         int, typer.Option(help="Steps of distillation from the dense model afterwards; both must fit in memory.", min=0)
     ] = 0,
+    drop_mtp: DropMtp = False,
     run: Annotated[
         Path | None, typer.Option(help="Keep the run folder here.", show_default="OUTPUT.run, removed at the end")
     ] = None,
@@ -204,7 +208,7 @@ def compress(
         compress_verb(
             model, method, ratio, output, calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen,
             seed=seed, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device,
-            heal=heal, run=run, progress=bars, **options,
+            heal=heal, drop_mtp=drop_mtp, run=run, progress=bars, **options,
         )  # fmt: skip
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
@@ -259,7 +263,7 @@ def factorise(
     model: Model, run: Run, output: Output, calibration: Text = None, own_text: OwnText = None,
     samples: Samples = 256, seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
-    sequential: Sequential = True, device: Device = None,
+    sequential: Sequential = True, device: Device = None, drop_mtp: DropMtp = False,
 ) -> None:  # fmt: skip
     """Stage 3: the factors of every layer, from weights, statistics and RUN/plan.json; then the checkpoint."""
     refuse_existing(output)
@@ -267,6 +271,7 @@ def factorise(
     made = Plan.read(folder.plan, streamed.experts)
     chosen = get(made.method)
     made = replace(made, options=chosen.complete(made.options))
+    check_method(streamed, chosen, made.options, drop_mtp=drop_mtp)
     text = None
     with Bars() as bars:
         if sequential and chosen.factorise_needs(made.options):
@@ -276,7 +281,8 @@ def factorise(
                 progress=bars,
             )  # fmt: skip
         factorise_verb(streamed, made, chosen, folder, calibration=text, sequential=sequential, progress=bars)
-    write_checkpoint(streamed, made, folder, output, f"moefactor factorise {model} --run RUN -o {output.name}")
+    command = f"moefactor factorise {model} --run RUN -o {output.name}"
+    write_checkpoint(streamed, made, folder, output, command, drop_mtp=drop_mtp)
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .calibrate import Calibration, calibrate, own_share
 from .checkpoint import refuse_existing
-from .factorise import factorise, write_checkpoint
+from .factorise import factorise
 from .heal import heal as distil
 from .methods import Method, get
 from .plan import Plan
@@ -20,6 +20,7 @@ from .run_folder import RunFolder
 from .stats import GRADIENTS
 from .streaming import StreamedModel, default_device
 from .text import with_own
+from .write import check_method, write_checkpoint
 
 
 def compress(
@@ -38,6 +39,7 @@ def compress(
     rank_multiple: int | None = None,
     device: torch.device | str | None = None,
     heal: int = 0,
+    drop_mtp: bool = False,
     run: str | Path | None = None,
     progress: Progress = silent,
     **options: object,
@@ -59,6 +61,8 @@ def compress(
         device: CUDA when there is one unless said otherwise.
         heal: steps of distillation from the dense model afterwards, see heal.py; both models must fit in memory. Where
             the model wrote a share of the calibration text, healing reads text of its own too.
+        drop_mtp: leave out layers of multi-token prediction, which are kept otherwise (and cut like the others where
+            experts become fewer or narrower), and let config.json say that there are none.
         run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
             run continues from it when the same call is made again.
 
@@ -72,6 +76,7 @@ def compress(
     completed = chosen.complete(options)
     check_ratio(ratio)
     streamed = StreamedModel(model, default_device() if device is None else device)
+    check_method(streamed, chosen, completed, drop_mtp=drop_mtp)
     reads = needs_text(chosen, completed)
     own = own_share(chosen, streamed, own_text, calibration) if reads or own_text is not None else 0.0
     own = own if reads else 0.0  # a method that reads no text has none written either
@@ -87,7 +92,7 @@ def compress(
         shutil.rmtree(written, ignore_errors=True)  # written again from the journal, which costs nothing
     run_stages(
         streamed, chosen, completed, ratio, written, folder, text=text, sequential=sequential, allocation=allocation,
-        rank_multiple=rank_multiple, seed=seed, progress=progress,
+        rank_multiple=rank_multiple, seed=seed, drop_mtp=drop_mtp, progress=progress,
     )  # fmt: skip
     if heal:
         distil(
@@ -113,7 +118,7 @@ def upfront_needs(method: Method, options: dict, *, sequential: bool, allocation
 def run_stages(
     model: StreamedModel, method: Method, options: dict, ratio: float, output: Path, folder: RunFolder, *,
     text: Calibration | None, sequential: bool = True, allocation: str | None = None, rank_multiple: int | None = None,
-    seed: int = 0, progress: Progress = silent,
+    seed: int = 0, drop_mtp: bool = False, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
     """The stages on an opened model, checked options and read text; what `compress` and `compare` have in common."""
     needs = upfront_needs(method, options, sequential=sequential, allocation=allocation)
@@ -126,5 +131,5 @@ def run_stages(
     folder.write_plan(plan)
     factorise(model, plan, method, folder, calibration=text, sequential=sequential, progress=progress)
     command = f"moefactor compress {shlex.quote(model.name)} --method {method.name} --ratio {ratio}"
-    write_checkpoint(model, plan, folder, output, f"{command} -o {shlex.quote(output.name)}")
+    write_checkpoint(model, plan, folder, output, f"{command} -o {shlex.quote(output.name)}", drop_mtp=drop_mtp)
     return plan

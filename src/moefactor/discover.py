@@ -84,7 +84,9 @@ def is_fused_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_concatenated") and isinstance(down, nn.Parameter) and down.ndim == 3
 
 
-def describe(name: str, module: nn.Module, decoder_layer: str, block: nn.Module, config: PretrainedConfig) -> ExpertLayer:
+def describe(
+    name: str, module: nn.Module, decoder_layer: str, block: nn.Module, config: PretrainedConfig
+) -> ExpertLayer:
     experts, rows, columns = module.down_proj.shape
     hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
     return ExpertLayer(

@@ -31,7 +31,7 @@ class ExpertLayer:
         biased: has a bias on every projection.
         router_groups, fewest_experts: for methods that drop experts: a group-limited router needs as many left in each
             of its groups, and top-k needs at least `fewest_experts` in all.
-        router: (name in the model, axis) of every tensor that has an entry for each expert; empty until it is looked for.
+        router: (name in the model, axis) of every tensor with an entry for each expert; empty until it is looked for.
         fixed_count, fixed_width: config.json can't say that these experts are fewer, or narrower, without changing
             something else too (shared experts, say, whose width is the routed ones').
     """

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .discover import build_skeleton
+from .discover import build_skeleton, find_experts
 from .experts import ExpertLayer
+from .runtime.format import with_values
 
 Path = tuple[str, ...]  # keys into config.json, outermost first
 Shapes = dict[str, tuple[int, ...]]
@@ -46,7 +47,6 @@ def find_fields(config: PretrainedConfig, data: dict, layers: list[ExpertLayer])
     Args:
         config, data: as read, and the JSON behind it.
     """
-    data = {k: v for k, v in data.items() if k not in NOT_SHAPES}
     with _without_warnings():
         skeleton = _skeleton(config, data)
         before = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
@@ -65,14 +65,27 @@ def find_fields(config: PretrainedConfig, data: dict, layers: list[ExpertLayer])
     return Fields(counts, widths), found
 
 
+def routers(model: PreTrainedModel) -> list[str]:
+    """The router tensors of a loaded model, its experts dense or compressed."""
+    config = model.config.to_dict()
+    skeleton = build_skeleton(_config_of(model.config, config), type(model).__name__)
+    layers = find_experts(skeleton, type(model).__name__)
+    return [name for layer in find_fields(model.config, config, layers)[1] for name, _ in layer.router]
+
+
+def _config_of(config: PretrainedConfig, data: dict) -> PretrainedConfig:
+    """The config that `data` would be read as."""
+    changed = type(config).from_dict(copy.deepcopy({k: v for k, v in data.items() if k not in NOT_SHAPES}))
+    changed.architectures = config.architectures
+    return changed
+
+
 def _block(layer: ExpertLayer) -> str:
     return layer.name.rpartition(".")[0] + "."
 
 
 def _skeleton(config: PretrainedConfig, data: dict) -> PreTrainedModel:
-    changed = type(config).from_dict(copy.deepcopy(data))
-    changed.architectures = config.architectures
-    return build_skeleton(changed, "config.json")
+    return build_skeleton(_config_of(config, data), "config.json")
 
 
 def shapes(config: PretrainedConfig, data: dict) -> Shapes:
@@ -91,18 +104,6 @@ def _without_warnings() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def with_values(data: dict, paths: tuple[Path, ...], old: int, new: int) -> dict:
-    """config.json with `new` for `old` at the paths; in a list, one number for every layer, wherever `old` is."""
-    data = copy.deepcopy(data)
-    for path in paths:
-        place = data
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
-        value = place.get(path[-1])
-        place[path[-1]] = [new if n == old else n for n in value] if isinstance(value, list) else new
-    return data
-
-
 def _first_that_fits(
     kind: str, config: PretrainedConfig, data: dict, layers: list[ExpertLayer], before: Shapes
 ) -> tuple[tuple[Path, ...], dict[str, int]]:  # fmt: skip
@@ -117,7 +118,7 @@ def _first_that_fits(
         try:
             # Twice as many still come in groups and are enough for every token.
             after = shapes(config, with_values(data, paths, size, 2 * size))
-        except Exception:  # noqa: BLE001 (a size that this field can't have, in any of a hundred architectures' words)
+        except Exception:  # a size that this field can't have, in any of a hundred architectures' words
             continue
         others = _others(kind, layers, before, after)
         if others is not None:
@@ -132,7 +133,7 @@ def _first_that_fits(
 def _same(config: PretrainedConfig, data: dict, path: Path, size: int, before: Shapes) -> bool:
     try:
         return shapes(config, with_values(data, (path,), size, 2 * size)) == before
-    except Exception:  # noqa: BLE001 (as above)
+    except Exception:
         return False
 
 
@@ -170,7 +171,7 @@ def _candidates(config: PretrainedConfig, data: dict, size: int) -> Iterator[tup
     """Paths with that number, in config.json and among the defaults; names of one and the same field together."""
     groups: dict[Path, list[Path]] = {}
     for source in (data, config.to_dict()):
-        for path, value in _walk(source):
+        for path, value in walk(source):
             numbers = value if isinstance(value, list) else [value]
             if any(type(n) is int and n == size for n in numbers):
                 groups.setdefault(_canonical(config, path), []).append(path)
@@ -179,12 +180,13 @@ def _candidates(config: PretrainedConfig, data: dict, size: int) -> Iterator[tup
         yield tuple(stated or paths[:1])
 
 
-def _walk(data: dict, prefix: Path = ()) -> Iterator[tuple[Path, object]]:
+def walk(data: dict, prefix: Path = ()) -> Iterator[tuple[Path, object]]:
+    """(path, value) of every field, in the configs inside too."""
     for key, value in data.items():
         if isinstance(value, dict):
-            yield from _walk(value, (*prefix, key))
+            yield from walk(value, (*prefix, str(key)))
         else:
-            yield (*prefix, key), value
+            yield (*prefix, str(key)), value
 
 
 def _canonical(config: PretrainedConfig, path: Path) -> Path:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, file_digest, refuse_existing, resolve
 from .errors import UserError, unknown
+from .fields import routers
 from .forms import BasisMixture
 from .optimise import Soap, falling
 from .progress import Progress, Steps, silent
@@ -161,10 +162,8 @@ def trainable(model: nn.Module, ids: Tensor) -> list[str]:
         norms_here = [m for m in decoder.modules() if "norm" in type(m).__name__.lower()]
         handles += [m.register_forward_hook(after_norm) for m in norms_here]
         found.update({id(p): None for p in experts.parameters(recurse=False) if p.is_floating_point()})
-        inside = {id(p) for p in experts.parameters()}
-        for name, parameter in parent.named_parameters():
-            if parameter.shape[:1] == (layer.experts,) and "shared" not in name and id(parameter) not in inside:
-                found[id(parameter)] = None
+    named = dict(model.named_parameters())
+    found.update({id(named[name]): None for name in routers(model) if name in named})
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)

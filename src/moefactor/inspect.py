@@ -34,7 +34,8 @@ def inspect(name: str) -> Inspection:
     """Reads config.json and the safetensors headers; no weights."""
     folder = resolve(name)
     config = read_config(folder, name)
-    model = build_skeleton(config, name)
+    checkpoint = Checkpoint(folder)
+    model = build_skeleton(config, name, config.dtype or checkpoint.dtype)
     layers = find_experts(model, name)
     return Inspection(
         name,
@@ -42,6 +43,6 @@ def inspect(name: str) -> Inspection:
         layers,
         # Tied weights are one tensor, though the skeleton has a place for each.
         parameters=sum(p.numel() for n, p in model.named_parameters() if n not in model.all_tied_weights_keys),
-        bytes=Checkpoint(folder).bytes(),
+        bytes=checkpoint.bytes(),
         dtype=str(model.dtype).removeprefix("torch."),
     )

@@ -7,7 +7,7 @@ arguments (masks, positions) that each layer gets. Then each layer is loaded, ru
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -121,12 +121,14 @@ class Activations:
     Args:
         handed: what the layer before handed on besides the states (indices that layers share, a router's states).
         flowing: the loss gradients at what is handed on, while a backward pass goes through; place -> tensor.
+        pools: what was empty when it was given to the layers, for them to fill (keys and values that they share).
     """
 
     states: list[Tensor]  # (batch, tokens, H)
     arguments: list[dict[str, tuple[tuple, dict]]]  # decoder layer -> args after the hidden states, kwargs
     handed: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     flowing: list[dict[int, Tensor]] = field(default_factory=list)
+    pools: list[Mapping] = field(default_factory=list)
 
     def tensors(self) -> list[Tensor]:
         """All that enters a layer, to be kept for the backward pass."""
@@ -168,7 +170,8 @@ class StreamedModel:
         self.stored_dtype: torch.dtype = self.config.dtype or checkpoint.dtype
         self.dtype = dtype or compute_dtype(self.stored_dtype, self.device)
         self.model = build_skeleton(self.config, name, self.dtype)
-        self.fields, self.experts = find_fields(self.config, read_fields(self.folder), find_experts(self.model, name))
+        self.config_json = read_fields(self.folder)
+        self.fields, self.experts = find_fields(self.config, self.config_json, find_experts(self.model, name))
         self.decoder_layers = decoder_layers(self.model, self.experts)
         self.reader = ModelReader(checkpoint, self.model, source)
         self.reader.check_complete()
@@ -227,7 +230,9 @@ class StreamedModel:
                 del layer.forward
         self.reader.release(path)
         handed = [(None,) * (self._extras or 0)] * len(states)
-        return Activations(states, arguments, handed)
+        given = [value for args, kwargs in arguments[0].values() for value in (*args, *kwargs.values())]
+        pools = [value for value in given if isinstance(value, Mapping) and not value]
+        return Activations(states, arguments, handed, pools=pools)
 
     def _handed_on(self, decoder: nn.Module, ids: Tensor) -> int | None:
         """How many things a decoder layer returns behind the hidden states; None where it returns these alone.
@@ -269,6 +274,11 @@ class StreamedModel:
 
         The whole model is run with its decoder layers left out, so norms, heads and logit scalings are its own.
         """
+        if any(len(pool) for pool in activations.pools):
+            raise UserError(
+                f"{self.name}: its layers share keys and values, through which no gradient is taken here. Choose a "
+                "method or option that needs none (--allocation score; rfid, shared_basis, whitened_svd, reap)."
+            )
         owner = self.decoder_layers[0].rpartition(".")[0]
         self.reader.load("", self.device, without=(owner,))
         _to_device(self.model, self.device)
@@ -344,15 +354,19 @@ class _Record:
         def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
             if layer in self.calls or (self.last is not None and hidden_states is not self.last):
                 raise self.refusal(layer)
+            # A new object, which only this layer gives, and which what is made of it needs a gradient for.
+            self.last = hidden_states.detach().requires_grad_()
+            if any(t.requires_grad for t in _tensors((args, kwargs))):
+                raise self.refusal(layer)
             self.calls[layer] = ((hidden_states, *args), kwargs)
-            self.last = hidden_states.view_as(hidden_states)  # a new object, which only this layer gave
             return self.last if self.extras is None else (self.last, *map(Handed, range(self.extras)))
 
         return forward
 
     def run(self, decoder: nn.Module, ids: Tensor) -> None:
         try:
-            decoder(input_ids=ids, use_cache=False)
+            with torch.enable_grad():
+                decoder(input_ids=ids, use_cache=False)
         except (TypeError, AttributeError) as error:
             if self.extras is None:
                 raise
@@ -362,9 +376,17 @@ class _Record:
 
     def refusal(self, layer: str) -> UserError:
         return UserError(
-            f"{self.name}: between its decoder layers (at {layer}) the model does more than hand on what they return, so "
-            "it can't be run a layer at a time. Methods that read no text (svd, mobe) work on it."
+            f"{self.name}: between its decoder layers (at {layer}) the model does more than hand on what they return, "
+            "so it can't be run a layer at a time. Methods that read no text (svd, mobe) work on it."
         )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _filled(call: tuple[tuple, dict], handed: tuple[Tensor | None, ...]) -> tuple[tuple, dict]:

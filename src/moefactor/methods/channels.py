@@ -152,4 +152,5 @@ METHOD = Method(
     plan_needs=lambda options: {"output_gradient", "hidden_square"},
     factorise_needs=lambda options: {"output_gradient", "hidden_square", "hidden_moment"},
     allocation="loss",
+    standard=lambda options: "width" if options["widths"] == "model" and not options["intercept"] else "",
 )

@@ -91,4 +91,5 @@ METHOD = Method(
     options_of(offers, factorise),
     plan_needs=lambda options: {"routing"},
     factorise_needs=lambda options: {"hidden_square"} if options["intercept"] else set(),
+    standard=lambda options: "" if options["intercept"] else "count",
 )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import quiet, resolve
-from ..discover import find_experts
+from ..discover import auto_class, find_experts, read_config
 from ..errors import UserError
 from .experts import FactorisedExperts
 from .format import QUANT_METHOD, layer_plans
@@ -92,4 +92,6 @@ ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, _only_factorised)
 def load(name: str, *, device: torch.device | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A model, dense or compressed, whole on one device, as the other verbs use it."""
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, device_map=str(device)).eval()
+        folder = resolve(name)
+        auto = auto_class(read_config(folder, name))
+        return auto.from_pretrained(folder, dtype=dtype, device_map=str(device)).eval()
