@@ -25,8 +25,21 @@ VERBS = {
     "compare",
     "heal",
     "report",
+    "write",
 }
-DOORS = {"checkpoint", "discover", "streaming", "text", "run_folder", "runtime", "cli", "fp8", "models"}
+DOORS = {
+    "checkpoint",
+    "discover",
+    "streaming",
+    "text",
+    "run_folder",
+    "runtime",
+    "cli",
+    "fp8",
+    "models",
+    "fields",
+    "prediction",
+}
 BEHIND_DOORS = {"transformers", "safetensors", "datasets", "accelerate", "huggingface_hub", "typer", "rich", "vllm"}
 ONLY_IN_CLI = {"typer", "rich"}
 # (importer, imported) -> why it may, against the rule that verbs do not import each other.

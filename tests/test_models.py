@@ -13,12 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import moefactor
 from models import load, logits, on_disk, read_plan, rebuilt
 from moefactor.errors import UserError
-from moefactor.factorise import factorise, write_checkpoint
+from moefactor.factorise import factorise
 from moefactor.methods import METHODS
 from moefactor.plan import Plan
 from moefactor.run_folder import RunFolder
 from moefactor.runtime.experts import FactorisedExperts
 from moefactor.streaming import StreamedModel
+from moefactor.write import write_checkpoint
 from tiny import TINY, build, tokenizer
 
 # Four ways of storing and calibrating, in turn over the architectures.
