@@ -7,7 +7,8 @@ arguments (masks, positions) that each layer gets. Then each layer is loaded, ru
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,6 +113,16 @@ def _multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)
 
 
+class Pool(UserDict):
+    """A dictionary that layers fill for those behind them; knows whether any did read it."""
+
+    read = False
+
+    def __getitem__(self, key: object) -> object:
+        self.read = True
+        return super().__getitem__(key)
+
+
 @dataclass
 class Activations:
     """Hidden states entering a layer, and each layer's other arguments; one entry a batch.
@@ -121,14 +132,14 @@ class Activations:
     Args:
         handed: what the layer before handed on besides the states (indices that layers share, a router's states).
         flowing: the loss gradients at what is handed on, while a backward pass goes through; place -> tensor.
-        pools: what was empty when it was given to the layers, for them to fill (keys and values that they share).
+        pools: what layers fill for those behind them (keys and values that they share).
     """
 
     states: list[Tensor]  # (batch, tokens, H)
     arguments: list[dict[str, tuple[tuple, dict]]]  # decoder layer -> args after the hidden states, kwargs
     handed: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     flowing: list[dict[int, Tensor]] = field(default_factory=list)
-    pools: list[Mapping] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
 
     def tensors(self) -> list[Tensor]:
         """All that enters a layer, to be kept for the backward pass."""
@@ -224,14 +235,13 @@ class StreamedModel:
                 record.run(decoder, ids.to(self.device))
                 states.append(record.calls[self.decoder_layers[0]][0][0].to(self.stored_dtype))
                 rest = {name: (args[1:], kwargs) for name, (args, kwargs) in record.calls.items()}
-                arguments.append(_share(rest, arguments[0], {}) if arguments else rest)
+                arguments.append(_share(rest, arguments[0] if arguments else None, {}))
         finally:
             for layer in layers.values():
                 del layer.forward
         self.reader.release(path)
         handed = [(None,) * (self._extras or 0)] * len(states)
-        given = [value for args, kwargs in arguments[0].values() for value in (*args, *kwargs.values())]
-        pools = [value for value in given if isinstance(value, Mapping) and not value]
+        pools = [v for args, kwargs in arguments[0].values() for v in (*args, *kwargs.values()) if isinstance(v, Pool)]
         return Activations(states, arguments, handed, pools=pools)
 
     def _handed_on(self, decoder: nn.Module, ids: Tensor) -> int | None:
@@ -274,7 +284,7 @@ class StreamedModel:
 
         The whole model is run with its decoder layers left out, so norms, heads and logit scalings are its own.
         """
-        if any(len(pool) for pool in activations.pools):
+        if any(pool.read for pool in activations.pools):
             raise UserError(
                 f"{self.name}: its layers share keys and values, through which no gradient is taken here. Choose a "
                 "method or option that needs none (--allocation score; rfid, shared_basis, whitened_svd, reap)."
@@ -384,8 +394,8 @@ class _Record:
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict | tuple | list):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict | UserDict | tuple | list):
+        for part in value.values() if isinstance(value, dict | UserDict) else value:
             yield from _tensors(part)
 
 
@@ -411,6 +421,8 @@ def _share(value: object, other: object, seen: dict[int, object]) -> object:
     if isinstance(value, Tensor):
         same = isinstance(other, Tensor) and value.shape == other.shape and value.dtype == other.dtype
         found = other if same and torch.equal(value, other) else value
+    elif isinstance(value, dict | UserDict) and not value:
+        found = Pool()
     elif type(value) is dict:
         known = other if isinstance(other, dict) else {}
         found = {key: _share(item, known.get(key), seen) for key, item in value.items()}

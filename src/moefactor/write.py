@@ -23,7 +23,7 @@ from .methods import Method
 from .plan import LayerPlan, Plan
 from .prediction import Prediction
 from .run_folder import RunFolder
-from .runtime.format import checkpoint_config, loader_stub, model_card
+from .runtime.format import checkpoint_config, loader_stub, model_card, smaller
 from .streaming import StreamedModel
 
 
@@ -58,7 +58,7 @@ def write_checkpoint(
         without=prediction.promised if drop_mtp else (),
     )  # fmt: skip
     if standard:
-        check_shapes(model, plan, json.loads(config))
+        check_shapes(model, plan)
     ours = {name for layer in model.experts for name in expert_names(layer)}
     targets = model.reader.targets
     gone = {name for name, found in targets.items() if ours & set(found)}
@@ -99,15 +99,15 @@ def expert_names(layer: ExpertLayer) -> list[str]:
     return [f"{layer.name}.{name}" for name in names + biases]
 
 
-def check_shapes(model: StreamedModel, plan: Plan, config: dict) -> None:
-    """Raises UserError where the model that `config` describes would not take what is about to be written."""
+def check_shapes(model: StreamedModel, plan: Plan) -> None:
+    """Raises UserError where the model that config.json will describe would not take what is about to be written."""
     wanted = {name: tuple(t.shape) for name, t in model.model.state_dict().items()}
     for entry in plan.layers:
         for name, tensor in _standard_shapes(entry).items():
             wanted[name] = tensor
         for name, axis in entry.layer.router if entry.kept is not None else ():
             wanted[name] = (*wanted[name][:axis], len(entry.kept), *wanted[name][axis + 1 :])
-    found = shapes(model.config, config)
+    found = shapes(model.config, smaller(model.config_json, plan, model.fields))
     wrong = next((n for n in sorted(wanted.keys() | found.keys()) if wanted.get(n) != found.get(n)), None)
     if wrong:
         raise UserError(

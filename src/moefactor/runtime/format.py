@@ -48,18 +48,18 @@ def checkpoint_config(
     for path in without:
         config = _with(config, path, lambda old: False if old is True else 0)
     if plan.standard():
-        return json.dumps(_smaller(config, plan, fields), indent=2) + "\n"
+        return json.dumps(smaller(config, plan, fields), indent=2) + "\n"
     config["quantization_config"] = quantization_config(plan)
     config["experts_implementation"] = QUANT_METHOD
     config["auto_map"] = {auto_class: f"{STUB}.{STUB_CLASS}"}
     return json.dumps(config, indent=2) + "\n"
 
 
-def _smaller(config: dict, plan: Plan, fields: Fields) -> dict:
+def smaller(config: dict, plan: Plan, fields: Fields) -> dict:
     """config.json of an ordinary MoE with the experts and the width that are left."""
     experts, width = plan.standard()
     layer = plan.layers[0].layer
-    config.pop("quantization_config", None)  # FP8, undone on reading
+    config = {k: v for k, v in config.items() if k != "quantization_config"}  # FP8, undone on reading
     if experts != layer.experts:
         config = with_values(config, fields.counts, layer.experts, experts)
     if width != layer.intermediate:
