@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -186,6 +186,12 @@ class ModelReader:
                 split = [target.replace(every[0], other, 1) for other in every[1:]]
                 targets[name] = (target, *(other for other in split if other in state and other != target))
         return targets
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names on disk of what becomes parameters, not buffers."""
+        known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return frozenset(name for name, targets in self.targets.items() if known.issuperset(targets))
 
     def check_complete(self) -> None:
         """Raises UserError for a parameter that no tensor of the checkpoint is meant for, loaded here or not."""
@@ -384,13 +390,14 @@ class CheckpointWriter:
 
     def copy_plain(
         self, checkpoint: Checkpoint, names: list[str], *, source: Fp8Source | None = None,
-        change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+        change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor, checked: Container[str] | None = None,
     ) -> None:  # fmt: skip
         """Tensors as they lie on disk, at most COPY_LIMIT bytes at a time.
 
         Args:
             source: undoes FP8 on the way; scales are not copied then.
             change: (name, tensor) -> what is written instead.
+            checked: names whose values must be finite, all of them if None; a buffer may hold an infinity and mean it.
         """
         if source is not None:
             names = [name for name in names if not name.endswith(SCALE)]
@@ -401,14 +408,17 @@ class CheckpointWriter:
                 count = int(torch.Size(view.get_shape()).numel())
             bytes_ = count * _item_size(view.get_dtype())
             if batch and size + bytes_ > COPY_LIMIT:
-                self._copy(checkpoint, batch, source, change)
+                self._copy(checkpoint, batch, source, change, checked)
                 batch, size = [], 0
             batch.append(name)
             size += bytes_
         if batch:
-            self._copy(checkpoint, batch, source, change)
+            self._copy(checkpoint, batch, source, change, checked)
 
-    def _copy(self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Callable) -> None:
+    def _copy(
+        self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Callable,
+        checked: Container[str] | None,
+    ) -> None:  # fmt: skip
         scales = [name + SCALE for name in names if source is not None and name + SCALE in checkpoint.files]
         with checkpoint.slices(names + scales) as slices:
             tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
@@ -416,7 +426,8 @@ class CheckpointWriter:
             weight = name.removesuffix(SCALE)
             tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
         tensors = {name: change(name, tensor) for name, tensor in tensors.items()}
-        check_finite(checkpoint.folder.name, {n: t for n, t in tensors.items() if t.is_floating_point()})
+        numbers = {n: t for n, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+        check_finite(checkpoint.folder.name, {n: t for n, t in numbers.items() if checked is None or n in checked})
         self.add(tensors)
 
     def text(self, name: str, content: str) -> None:

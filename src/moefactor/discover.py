@@ -125,6 +125,9 @@ def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:
             found.append(describe(path, module, decoder_layer, block, model.config))
     if not found:
         raise UserError(_why_none(model, name))
+    owners = sorted({layer.decoder_layer.rpartition(".")[0] for layer in found})
+    if len(owners) > 1:
+        raise UserError(f"{name}: has experts in several stacks of layers ({', '.join(owners)}). Not supported yet.")
     return found
 
 

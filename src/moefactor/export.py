@@ -48,7 +48,7 @@ def export_dense(name: str, output: str | Path, *, progress: Progress = silent) 
             steps.detail = plan.layer.decoder_layer
             writer.add(reader.disk_layout(_dense_layer(checkpoint, plan)))
             steps.tick()
-        writer.copy_plain(checkpoint, [n for n in checkpoint.files if n not in ours])
+        writer.copy_plain(checkpoint, [n for n in checkpoint.files if n not in ours], checked=reader.parameters)
         writer.companions(folder, skip=("plan.json", "compression.json", f"{STUB}.py"))
         writer.text("config.json", json.dumps(plain, indent=2) + "\n")
     return output

@@ -380,7 +380,7 @@ def _write(folder: Path, model: nn.Module, best: dict[str, Tensor], output: Path
         return tensor if healed is None else healed.to(tensor, copy=True).view_as(tensor)  # tied ones must not share
 
     with CheckpointWriter(output) as writer:
-        writer.copy_plain(checkpoint, list(checkpoint.files), change=change)
+        writer.copy_plain(checkpoint, list(checkpoint.files), change=change, checked=reader.parameters)
         writer.companions(folder)
         writer.text("config.json", (folder / "config.json").read_text())
         for card in folder.glob("README.md"):

@@ -81,7 +81,10 @@ def write_checkpoint(
             return tensor if kept is None else tensor.index_select(axis, torch.tensor(kept))
 
         rest = [name for name in model.reader.checkpoint.files if name not in gone]
-        writer.copy_plain(model.reader.checkpoint, rest, source=model.reader.source, change=change)
+        reader = model.reader
+        writer.copy_plain(
+            reader.checkpoint, rest, source=reader.source, change=change, checked=reader.parameters
+        )  # fmt: skip
         writer.companions(model.folder)
         writer.text("config.json", config)
         writer.text("plan.json", plan.dumps())
