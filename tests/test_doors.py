@@ -1,4 +1,4 @@
-"""A folder is what transformers says it is; what is written is whole, and loads with the class that its config names."""
+"""A folder is what transformers says it is; what is written is whole and loads with the class that its config names."""
 
 from __future__ import annotations
 
@@ -189,6 +189,38 @@ def test_a_number_for_every_layer(tiny_model: Callable[..., Path], copied: Calla
     assert find_experts(load(folder), "m")[0].fewest_experts == 2
     out = compressed(folder, "reap", 0.5, tmp_path / "out", text_file)
     assert load(out).config.num_experts == 4
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head", "both", "two"])
+def test_tied_weights_are_tied_as_transformers_ties_them(
+    stored: str, tmp_path: Path, copied: Callable, text_file: Path
+) -> None:
+    """Either of them on disk, or both; what differs is not tied. The gradient that comes back tells which was used."""
+    folder = build("qwen3_moe", tmp_path / "m", tie_word_embeddings=True)
+    tensors, embedding, head = on_disk(folder), "model.embed_tokens.weight", "lm_head.weight"
+    if stored == "head":
+        tensors[head] = tensors.pop(embedding)
+    elif stored != "embedding":
+        tensors[head] = tensors[embedding].clone() * (2 if stored == "two" else 1)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    whole, streamed = load(folder), StreamedModel(str(folder))
+    whole.requires_grad_(True)
+    states = whole.model.layers[-1].register_forward_hook(lambda module, args, out: out.retain_grad())
+    seen = []
+    whole.model.layers[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    found = whole(input_ids=IDS, use_cache=False).logits[:, :-1]
+    cross_entropy(found.transpose(1, 2), IDS[:, 1:], reduction="sum").backward()
+    states.remove()
+    activations = streamed.embed([IDS])
+    for name in streamed.decoder_layers:
+        with streamed.loaded(name):
+            streamed.run(name, activations)
+    torch.testing.assert_close(activations.states[0], seen[0], atol=1e-4, rtol=1e-4)
+    (gradient,) = streamed.loss_gradients([IDS], activations)
+    torch.testing.assert_close(gradient, seen[0].grad, atol=1e-4, rtol=1e-4)
+    out = moefactor.compress(str(folder), "svd", 0.1, tmp_path / "out")
+    assert on_disk(out).keys() & {embedding, head} == tensors.keys() & {embedding, head}
+    assert torch.equal(load(out).lm_head.weight, whole.lm_head.weight)
 
 
 # -- layers that hand on more than hidden states ---------------------------------------------------------------------

@@ -145,6 +145,16 @@ class Checkpoint:
             for handle in handles.values():
                 handle.__exit__(None, None, None)
 
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are the same, read a part at a time."""
+        with self.slices([first, second]) as slices:
+            a, b = slices[first], slices[second]
+            if a.get_shape() != b.get_shape() or a.get_dtype() != b.get_dtype():
+                return False
+            rows = max(1, a.get_shape()[0]) if a.get_shape() else 1
+            step = max(1, COPY_LIMIT // 16 // max(1, int(torch.Size(a.get_shape()[1:]).numel())))
+            return all(torch.equal(a[i : i + step], b[i : i + step]) for i in range(0, rows, step))
+
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in set(self.files.values()))
 
@@ -193,9 +203,26 @@ class ModelReader:
         known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         return frozenset(name for name, targets in self.targets.items() if known.issuperset(targets))
 
+    @cached_property
+    def stand_ins(self) -> dict[str, str]:
+        """Name on disk -> the model's name for the tensor that is tied to it and is not there itself (a head that the
+        embedding is read from)."""
+        on_disk = {target: name for name, targets in self.targets.items() for target in targets}
+        tied = self.model.all_tied_weights_keys.items()
+        return {on_disk[t]: source for t, source in tied if source not in on_disk and t in on_disk}
+
+    def untie(self) -> None:
+        """As from_pretrained does: what config.json ties but the checkpoint has twice, and different, is not tied."""
+        on_disk = {target: name for name, targets in self.targets.items() for target in targets}
+        for target, source in list(self.model.all_tied_weights_keys.items()):
+            names = [on_disk.get(target), on_disk.get(source)]
+            if None not in names and not self.checkpoint.equal(*names):
+                del self.model.all_tied_weights_keys[target]
+
     def check_complete(self) -> None:
         """Raises UserError for a parameter that no tensor of the checkpoint is meant for, loaded here or not."""
         known = {t for targets in self.targets.values() for t in targets} | {*self.model.all_tied_weights_keys}
+        known |= {*self.stand_ins.values()}
         missing = [name for name in self.model.state_dict() if name not in known]
         if missing:
             raise UserError(
@@ -214,8 +241,10 @@ class ModelReader:
                 tuple(w + "." for w in without)
             )
 
-        wanted = [name for name, targets in self.targets.items() if any(map(inside, targets))]
-        self._fill({name: name for name in wanted}, prefix, device, inside)
+        wanted = {name: name for name, targets in self.targets.items() if any(map(inside, targets))}
+        # What is tied to it gets its values from tie_weights.
+        wanted |= {name: source for name, source in self.stand_ins.items() if inside(source)}
+        self._fill(wanted, prefix, device, inside)
 
     def load_as(self, names: dict[str, str], prefix: str, device: torch.device) -> None:
         """Fills the module at `prefix` from tensors of other names: name on disk -> the name that the module's own

@@ -185,6 +185,7 @@ class StreamedModel:
         self.fields, self.experts = find_fields(self.config, self.config_json, find_experts(self.model, name))
         self.decoder_layers = decoder_layers(self.model, self.experts)
         self.reader = ModelReader(checkpoint, self.model, source)
+        self.reader.untie()
         self.reader.check_complete()
         self._extras: int | None = _UNKNOWN  # things that its layers hand on beside the states; see _handed_on
         self.model.set_experts_implementation(OBSERVED)
@@ -292,7 +293,7 @@ class StreamedModel:
         owner = self.decoder_layers[0].rpartition(".")[0]
         self.reader.load("", self.device, without=(owner,))
         _to_device(self.model, self.device)
-        self.model.tie_weights()
+        self.model.tie_weights(recompute_mapping=False)
         layers = [self.model.get_submodule(name) for name in self.decoder_layers]
         gradients = []
         try:
