@@ -34,6 +34,7 @@ def inspect(name: str) -> Inspection:
     """Reads config.json and the safetensors headers; no weights."""
     folder = resolve(name)
     config = read_config(folder, name)
+    stated = config.dtype  # building may set it
     model = build_skeleton(config, name)
     layers = find_experts(model, name)
     checkpoint = Checkpoint(folder)
@@ -44,5 +45,5 @@ def inspect(name: str) -> Inspection:
         # Tied weights are one tensor, though the skeleton has a place for each.
         parameters=sum(p.numel() for n, p in model.named_parameters() if n not in model.all_tied_weights_keys),
         bytes=checkpoint.bytes(),
-        dtype=str(config.dtype or checkpoint.dtype).removeprefix("torch."),
+        dtype=str(stated or checkpoint.dtype).removeprefix("torch."),
     )
