@@ -18,11 +18,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moefactor
 from models import IDS, load, logits, on_disk
+from moefactor.calibrate import Calibration
 from moefactor.checkpoint import INDEX, WEIGHTS, Checkpoint
+from moefactor.compress import run_stages
 from moefactor.discover import find_experts
 from moefactor.errors import UserError
 from moefactor.experts import ExpertLayer
 from moefactor.heal import trainable
+from moefactor.methods import METHODS
+from moefactor.run_folder import RunFolder
 from moefactor.stats import LayerStats
 from moefactor.streaming import StreamedModel, _observed_forward
 from tiny import COMMON, MLA, QWEN, TINY, build, tokenizer
@@ -363,6 +367,18 @@ def test_names_that_begin_like_the_experts_are_kept(
     for written in folders:
         found = on_disk(written)
         assert all(same(found[name], tensor) for name, tensor in extra.items())
+
+
+def test_every_way_to_the_stages_checks_that_experts_can_be_dropped(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`compare` reaches them without compress's own look."""
+    known("inkling_text")
+    reap, streamed = METHODS["reap"], StreamedModel(str(tiny_model("inkling_text")))
+    text = Calibration([IDS], {"source": "ids"})
+    with pytest.raises(UserError, match="its experts can't be dropped"):
+        run_stages(streamed, reap, reap.complete({}), 0.5, tmp_path / "o", RunFolder(tmp_path / "r"), text=text)
+    assert not list(tmp_path.iterdir())
 
 
 # -- prediction layers -----------------------------------------------------------------------------------------------

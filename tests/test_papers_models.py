@@ -271,6 +271,14 @@ def test_standard_from_fp8(sources: Callable[[str], Path], text_file: Path, tmp_
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["n_routed_experts"] == 6
+    # The prediction layer, which transformers does not build, has as many, and is no longer FP8 either.
+    published, prefix = on_disk(sources("DeepSeek-V3")), "model.layers.3.mlp.experts."
+    experts = {n.removeprefix(prefix).split(".")[0] for n in stored if n.startswith(prefix)}
+    assert experts == set("012345")
+    names = [f"{prefix}{e}.up_proj.weight" for e in range(8)]
+    dense = [by_hand(published[n], published[n + "_scale_inv"]) for n in names]
+    assert all(any(torch.equal(stored[n], d) for d in dense) for n in names[:6])
+    assert stored["model.layers.3.mlp.gate.weight"].shape == (6, 32)
     assert torch.isfinite(logits(load(out))).all()
 
 

@@ -121,6 +121,7 @@ def run_stages(
     seed: int = 0, drop_mtp: bool = False, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
     """The stages on an opened model, checked options and read text; what `compress` and `compare` have in common."""
+    check_method(model, method, options, drop_mtp=drop_mtp)
     needs = upfront_needs(method, options, sequential=sequential, allocation=allocation)
     if needs:
         calibrate(model, folder, text, needs, progress=progress)

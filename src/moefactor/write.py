@@ -53,6 +53,11 @@ def write_checkpoint(
         drop_mtp: leave out the multi-token-prediction layers, and let config.json say that there are none.
     """
     standard, prediction = plan.standard(), Prediction.of(model)
+    if standard is None and any(entry.kept is not None for entry in plan.layers):
+        raise UserError(
+            f"{model.name}: the plan drops experts, which only an ordinary, smaller MoE can hold: as many in every "
+            "layer, where config.json can say so. Plan again."
+        )
     config = checkpoint_config(
         model.folder, plan, model.config.model_type, model.fields, auto_class(model.config).__name__,
         without=prediction.promised if drop_mtp else (),
