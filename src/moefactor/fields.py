@@ -66,11 +66,14 @@ def find_fields(config: PretrainedConfig, data: dict, layers: list[ExpertLayer])
 
 
 def routers(model: PreTrainedModel) -> list[str]:
-    """The router tensors of a loaded model, its experts dense or compressed."""
+    """The router parameters of a loaded model, its experts dense or compressed; not those that take no gradient (a
+    correction that only chooses experts is a parameter in some models, a buffer in others)."""
     config = model.config.to_dict()
     skeleton = build_skeleton(_config_of(model.config, config), type(model).__name__)
     layers = find_experts(skeleton, type(model).__name__)
-    return [name for layer in find_fields(model.config, config, layers)[1] for name, _ in layer.router]
+    trained = {name for name, parameter in skeleton.named_parameters() if parameter.requires_grad}
+    every = [name for layer in find_fields(model.config, config, layers)[1] for name, _ in layer.router]
+    return [name for name in every if name in trained]
 
 
 def _config_of(config: PretrainedConfig, data: dict) -> PretrainedConfig:

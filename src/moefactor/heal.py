@@ -163,7 +163,7 @@ def trainable(model: nn.Module, ids: Tensor) -> list[str]:
         handles += [m.register_forward_hook(after_norm) for m in norms_here]
         found.update({id(p): None for p in experts.parameters(recurse=False) if p.is_floating_point()})
     named = dict(model.named_parameters())
-    found.update({id(named[name]): None for name in routers(model) if name in named})
+    found.update({id(named[name]): None for name in routers(model)})
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
