@@ -21,7 +21,8 @@ VERBS = {
 }  # fmt: skip
 DOORS = {
     "files", "checkpoint", "discover", "streaming", "observing", "loading", "text", "run_folder", "identity", "runtime",
-    "cli", "fp8", "models", "compat", "__main__",
+    "cli", "fp8", "models", "compat", "fields", "prediction",
+    "__main__",
 }  # fmt: skip
 BEHIND_DOORS = {
     "transformers", "safetensors", "datasets", "accelerate", "huggingface_hub", "filelock", "typer", "rich", "vllm",

@@ -191,14 +191,14 @@ class _Job:
         if not self.gradients:
             self.layers = self.layers[: self.layers.index(self.last) + 1]
         self.places = {layer.decoder_layer: index for index, layer in enumerate(model.experts)}
+        self.activations = model.embed(self.batches)
         self.done = run.calibrating(about)
-        if not self.done:
+        if not self.done or self.activations.pools:  # what layers share with those far behind them is in memory alone
             run.forget_calibration()
             self.done = {"about": about, "forward": 0, "backward": 0}
         total = len(self.layers) * len(self.batches) * (2 if self.gradients else 1)
         self.steps = Steps(progress, STAGE, total)
         self.steps.skip((self.done["forward"] + self.done["backward"]) * len(self.batches))
-        self.activations = model.embed(self.batches)
 
     def forward(self) -> None:
         resumed = self.done["forward"]
@@ -206,9 +206,9 @@ class _Job:
             decoder_layer = self.layers[number]
             self.steps.detail = decoder_layer
             if number and number == resumed:
-                self.activations.states = self.run.states(_entering(number), self.model.device)
+                self.activations.enter(self.run.states(_entering(number), self.model.device))
             elif number == 0 and self.gradients:
-                self.run.write_states(_entering(0), self.activations.states)
+                self.run.write_states(_entering(0), self.activations.tensors())
             keep = bool(self.gradients) or decoder_layer != self.last
             with self.model.loaded(decoder_layer):
                 stats = observe(
@@ -217,7 +217,7 @@ class _Job:
             if stats is not None:
                 self.run.write_stats(self.places[decoder_layer], stats)
             if keep:
-                self.run.write_states(_entering(number + 1), self.activations.states)
+                self.run.write_states(_entering(number + 1), self.activations.tensors())
             self._note("forward", number + 1)
             if not self.gradients:
                 self.run.drop_states(_entering(number))
@@ -231,7 +231,7 @@ class _Job:
             decoder_layer = self.layers[at]
             self.steps.detail = f"{decoder_layer}, backward"
             flowing = flowing or self._flowing(at + 1)
-            self.activations.states = self.run.states(_entering(at), self.model.device)
+            self.activations.enter(self.run.states(_entering(at), self.model.device))
             with self.model.loaded(decoder_layer):
                 stats = observe_gradients(
                     self.model, decoder_layer, self.activations, flowing, self.gradients, keep=at > first,
@@ -241,7 +241,7 @@ class _Job:
                 index = self.places[decoder_layer]
                 self.run.write_stats(index, self.run.stats(index, self.model.device).with_gradients(stats))
             if at > first:
-                self.run.write_states(_leaving(at), flowing)
+                self.run.write_states(_leaving(at), self.activations.gradients(flowing))
             self._note("backward", number + 1)
             self.run.drop_states(_entering(at + 1))
             self.run.drop_states(_leaving(at + 1))
@@ -249,8 +249,8 @@ class _Job:
     def _flowing(self, number: int) -> list[Tensor]:
         """The loss gradients at what enters a decoder layer, or at what leaves the last."""
         if number < len(self.layers):
-            return self.run.states(_leaving(number), self.model.device)
-        self.activations.states = self.run.states(_entering(number), self.model.device)
+            return self.activations.flow(self.run.states(_leaving(number), self.model.device))
+        self.activations.enter(self.run.states(_entering(number), self.model.device))
         return self.model.loss_gradients(self.batches, self.activations)
 
     def _note(self, direction: str, done: int) -> None:

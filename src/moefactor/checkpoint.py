@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Copied beside the weights; everything else in a repository is somebody's documentation.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COPY_LIMIT = 1 << 30  # bytes of plain tensors held, and written to one shard, at a time
 
 
@@ -68,29 +69,58 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.said_dtype: str | None = None  # in the index, by whoever saved it
         self.files = self._files()
 
     def _files(self) -> dict[str, Path]:
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                weight_map = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{index}: not an index of shards (JSON with a 'weight_map'). Download it again."
-                ) from None
-        elif (self.folder / WEIGHTS).is_file():
-            weight_map = dict.fromkeys(self._names(self.folder / WEIGHTS), WEIGHTS)
-        else:
+        """Tensor -> file, of the files that from_pretrained reads: the one that config.json names, or the single file,
+        or the shards of the index; a shard's tensors all count, whether the index lists them or not."""
+        named = self._named_file()
+        if not named and (self.folder / WEIGHTS).is_file():
+            named = WEIGHTS  # wins over an index beside it
+        if named and not named.endswith(".json"):
+            return dict.fromkeys(self._names(self.folder / named), self.folder / named)
+        index = self.folder / (named or INDEX)
+        if not index.is_file():
             raise UserError(f"{self.folder}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints are read.")
+        try:
+            data = json.loads(index.read_text())
+            weight_map = dict(data["weight_map"])
+            self.said_dtype = (data.get("metadata") or {}).get("dtype")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: not an index of shards (JSON with a 'weight_map'). Download it again.") from None
+        files: dict[str, Path] = {}
         for shard in sorted(set(weight_map.values())):
             path = self.folder / shard
             if not path.is_file():
                 raise UserError(f"{path}: this shard is missing though {INDEX} names it. Download it again.")
-            absent = {n for n, s in weight_map.items() if s == shard} - set(self._names(path))
+            names = self._names(path)
+            absent = {n for n, s in weight_map.items() if s == shard} - set(names)
             if absent:
                 raise UserError(f"{path}: {INDEX} promises {sorted(absent)[0]} here, and it is not. Download it again.")
-        return {name: self.folder / shard for name, shard in weight_map.items()}
+            files |= dict.fromkeys(names, path)
+        return files
+
+    def _named_file(self) -> str | None:
+        """The file that config.json asks for (`transformers_weights`), if it does."""
+        try:
+            named = json.loads((self.folder / "config.json").read_text()).get("transformers_weights")
+        except (OSError, ValueError, AttributeError):
+            return None  # read_config says what is wrong with it
+        if named and not (self.folder / named).is_file():
+            raise UserError(f"{self.folder / named}: missing, though config.json names it. Download it again.")
+        return named
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What from_pretrained takes where config.json names none: the index's, or that of the first tensor of the
+        first file that has an ordinary floating one."""
+        if self.said_dtype:
+            return getattr(torch, self.said_dtype.removeprefix("torch."))
+        first = min(self.files.values(), default=None)
+        with safe_open(first, framework="pt") as file:
+            kinds = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 (not a dict)
+        return next((FLOATS[kind] for kind in kinds if kind in FLOATS), torch.float32)
 
     @staticmethod
     def _names(path: Path) -> list[str]:
@@ -115,6 +145,16 @@ class Checkpoint:
             for handle in handles.values():
                 handle.__exit__(None, None, None)
 
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are the same, read a part at a time."""
+        with self.slices([first, second]) as slices:
+            a, b = slices[first], slices[second]
+            if a.get_shape() != b.get_shape() or a.get_dtype() != b.get_dtype():
+                return False
+            rows = max(1, a.get_shape()[0]) if a.get_shape() else 1
+            step = max(1, COPY_LIMIT // 16 // max(1, int(torch.Size(a.get_shape()[1:]).numel())))
+            return all(torch.equal(a[i : i + step], b[i : i + step]) for i in range(0, rows, step))
+
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in set(self.files.values()))
 
@@ -136,24 +176,55 @@ class ModelReader:
         _return_freed_memory()
 
     @cached_property
-    def targets(self) -> dict[str, str]:
-        """Name on disk -> name in the model; tensors that the model has no place for are left out."""
+    def targets(self) -> dict[str, tuple[str, ...]]:
+        """Name on disk -> names in the model, several where a conversion splits (a fused q, k, v); tensors that the
+        model has no place for are left out."""
+        return self.targets_of(list(self.checkpoint.files))
+
+    def targets_of(self, names: list[str]) -> dict[str, tuple[str, ...]]:
+        """The same of any names, as if a checkpoint had these."""
         state = self.model.state_dict()
         renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
+        patterns = {pattern: c.target_patterns for c in converters for pattern in c.source_patterns}
         prefix = self.model.base_model_prefix
         targets = {}
-        for name in self.checkpoint.files:
-            target, _ = rename_source_key(name, renamings, converters, prefix, state)
+        for name in sorted(names):  # some renamings begin only at a name that comes before the others
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
             if target not in state and name in state:
-                target, _ = rename_source_key(name, [], [], prefix, state)
+                target, pattern = rename_source_key(name, [], [], prefix, state)
             if target in state:
-                targets[name] = target
+                every = patterns.get(pattern, [])
+                split = [target.replace(every[0], other, 1) for other in every[1:]]
+                targets[name] = (target, *(other for other in split if other in state and other != target))
         return targets
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names on disk of what becomes parameters, not buffers."""
+        known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return frozenset(name for name, targets in self.targets.items() if known.issuperset(targets))
+
+    @cached_property
+    def stand_ins(self) -> dict[str, str]:
+        """Name on disk -> the model's name for the tensor that is tied to it and is not there itself (a head that the
+        embedding is read from)."""
+        on_disk = {target: name for name, targets in self.targets.items() for target in targets}
+        tied = self.model.all_tied_weights_keys.items()
+        return {on_disk[t]: source for t, source in tied if source not in on_disk and t in on_disk}
+
+    def untie(self) -> None:
+        """As from_pretrained does: what config.json ties but the checkpoint has twice, and different, is not tied."""
+        on_disk = {target: name for name, targets in self.targets.items() for target in targets}
+        for target, source in list(self.model.all_tied_weights_keys.items()):
+            names = [on_disk.get(target), on_disk.get(source)]
+            if None not in names and not self.checkpoint.equal(*names):
+                del self.model.all_tied_weights_keys[target]
 
     def check_complete(self) -> None:
         """Raises UserError for a parameter that no tensor of the checkpoint is meant for, loaded here or not."""
-        known = {*self.targets.values(), *self.model.all_tied_weights_keys}
+        known = {t for targets in self.targets.values() for t in targets} | {*self.model.all_tied_weights_keys}
+        known |= {*self.stand_ins.values()}
         missing = [name for name in self.model.state_dict() if name not in known]
         if missing:
             raise UserError(
@@ -172,8 +243,19 @@ class ModelReader:
                 tuple(w + "." for w in without)
             )
 
-        wanted = [name for name, target in self.targets.items() if inside(target)]
-        with self.checkpoint.slices(wanted) as slices, quiet():
+        wanted = {name: name for name, targets in self.targets.items() if any(map(inside, targets))}
+        # What is tied to it gets its values from tie_weights.
+        wanted |= {name: source for name, source in self.stand_ins.items() if inside(source)}
+        self._fill(wanted, prefix, device, inside)
+
+    def load_as(self, names: dict[str, str], prefix: str, device: torch.device) -> None:
+        """Fills the module at `prefix` from tensors of other names: name on disk -> the name that the module's own
+        tensors have there (of a layer that the model has no place for, read as one that it has)."""
+        self._fill(names, prefix, device, lambda name: name.startswith(prefix + "."))
+
+    def _fill(self, names: dict[str, str], prefix: str, device: torch.device, inside: Callable[[str], bool]) -> None:
+        with self.checkpoint.slices(list(names)) as slices, quiet():
+            slices = {names[name]: view for name, view in slices.items()}
             config = LoadStateDictConfig(
                 device_map={"": device}, dtype=self.dtype, weight_mapping=self.conversions,
                 hf_quantizer=self.source,
@@ -186,7 +268,7 @@ class ModelReader:
                     parameter.data = parameter.data.to(self.dtype)
         self.model._weight_conversions = None  # or a later save would revert only what this part used
         self._check(report, prefix, inside)
-        self.on_read(wanted)
+        self.on_read(list(names))
 
     def _check(self, report: object, prefix: str, inside: object) -> None:
         for name, why in report.conversion_errors.items():
@@ -218,8 +300,17 @@ class ModelReader:
 
     def disk_layout(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors named and shaped as in the model -> as this kind of checkpoint has them on disk."""
-        self.model._weight_conversions = None
-        return {k: v.contiguous() for k, v in revert_weight_conversion(self.model, tensors).items()}
+        assert self.targets is not None  # reading the names tells which prefixes this checkpoint leaves out or adds
+        used = {repr(c) for c in self.conversions if c.was_used()}
+        conversions = get_model_conversion_mapping(self.model, add_legacy=False)
+        # Where nothing was renamed on reading, nothing must be on writing; the others tell by the names themselves.
+        kept = [c for c in conversions if type(c).__name__ != "PrefixChange" or repr(c) in used]
+        self.model._weight_conversions = kept
+        try:
+            found = revert_weight_conversion(self.model, tensors)
+        finally:
+            self.model._weight_conversions = None
+        return {k: v.contiguous() for k, v in found.items()}
 
 
 def _return_freed_memory() -> None:
@@ -285,13 +376,14 @@ class CheckpointWriter:
 
     def copy_plain(
         self, checkpoint: Checkpoint, names: list[str], *, source: Fp8Source | None = None,
-        change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+        change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor, checked: Container[str] | None = None,
     ) -> None:  # fmt: skip
         """Tensors as they lie on disk, at most COPY_LIMIT bytes at a time.
 
         Args:
             source: undoes FP8 on the way; scales are not copied then.
             change: (name, tensor) -> what is written instead.
+            checked: names whose values must be finite, all of them if None; a buffer may hold an infinity and mean it.
         """
         if source is not None:
             names = [name for name in names if not name.endswith(SCALE)]
@@ -302,14 +394,17 @@ class CheckpointWriter:
                 count = int(torch.Size(view.get_shape()).numel())
             bytes_ = count * _item_size(view.get_dtype())
             if batch and size + bytes_ > COPY_LIMIT:
-                self._copy(checkpoint, batch, source, change)
+                self._copy(checkpoint, batch, source, change, checked)
                 batch, size = [], 0
             batch.append(name)
             size += bytes_
         if batch:
-            self._copy(checkpoint, batch, source, change)
+            self._copy(checkpoint, batch, source, change, checked)
 
-    def _copy(self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Callable) -> None:
+    def _copy(
+        self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Callable,
+        checked: Container[str] | None,
+    ) -> None:  # fmt: skip
         scales = [name + SCALE for name in names if source is not None and name + SCALE in checkpoint.files]
         with checkpoint.slices(names + scales) as slices:
             tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
@@ -317,7 +412,8 @@ class CheckpointWriter:
             weight = name.removesuffix(SCALE)
             tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
         tensors = {name: change(name, tensor) for name, tensor in tensors.items()}
-        check_finite(checkpoint.folder.name, {n: t for n, t in tensors.items() if t.is_floating_point()})
+        numbers = {n: t for n, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+        check_finite(checkpoint.folder.name, {n: t for n, t in numbers.items() if checked is None or n in checked})
         self.add(tensors)
 
     def text(self, name: str, content: str) -> None:

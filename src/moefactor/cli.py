@@ -103,6 +103,9 @@ RankMultiple = Annotated[
     int | None, typer.Option(help="Ranks come in multiples of this.", show_default="8 on wide models, 1 on narrow")
 ]
 
+DropMtp = Annotated[
+    bool, typer.Option("--drop-mtp", help="Leave out multi-token-prediction layers; config.json says there are none.")
+]
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -225,6 +228,7 @@ def compress(
     heal: Annotated[
         int, typer.Option(help="Steps of distillation from the dense model afterwards; both must fit in memory.", min=0)
     ] = 0,
+    drop_mtp: DropMtp = False,
     run: Annotated[
         Path | None, typer.Option(help="Keep the run folder here.", show_default="OUTPUT.run, removed at the end")
     ] = None,
@@ -239,8 +243,8 @@ def compress(
         compress_verb(
             model, method, ratio, output, calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen,
             seed=seed, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device,
-            heal=heal, run=run, text_column=text_column, trust_remote_code=trust_remote_code, progress=bars,
-            on_coverage=show_coverage, **options,
+            heal=heal, drop_mtp=drop_mtp, run=run, text_column=text_column,
+            trust_remote_code=trust_remote_code, progress=bars, on_coverage=show_coverage, **options,
         )  # fmt: skip
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
@@ -298,6 +302,7 @@ def factorise(
     samples: Samples = 256, seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
     sequential: Sequential = True, device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
+    drop_mtp: DropMtp = False,
 ) -> None:  # fmt: skip
     """Stage 3: the factors of every layer, from weights, statistics and RUN/plan.json; then the checkpoint."""
     refuse_existing(output)
@@ -306,6 +311,7 @@ def factorise(
     recipe, made = planned_recipe(
         Plan.read(folder.plan, streamed.experts), calibration=calibration, own_text=own_text, samples=samples,
         seqlen=seqlen, seed=seed, sequential=sequential, text_column=text_column,
+        drop_mtp=drop_mtp,
     )  # fmt: skip
     with Bars() as bars, locked(output.with_name(f".{output.name}.lock"), str(output)):
         work = Run(streamed, recipe, folder, bars, show_coverage)

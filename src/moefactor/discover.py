@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
@@ -27,6 +28,9 @@ from . import models  # noqa: F401 (registers what transformers lacks)
 from .errors import UserError
 from .experts import ExpertLayer
 
+# A causal model is looked for first; wrappers (vision, audio) have a class of their own.
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 # Known not to follow the fused layout; each would need its own reader.
 SPECIAL = ("llama4", "llama4_text", "longcat_flash", "dbrx", "jetmoe", "step3p7")
 
@@ -88,16 +92,38 @@ def own_model(config: PretrainedConfig, name: str, trust_remote_code: bool) -> b
     return own
 
 
+def read_fields(folder: Path) -> dict:
+    """config.json as a dictionary, infinities decoded."""
+    return PretrainedConfig.get_config_dict(folder)[0]
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """The Auto class that loads this folder whole: the one whose model config.json names (`architectures`), or the
+    first that knows the config. A wrapper's text model alone would leave its towers behind."""
+    found = dict(_model_classes(config))
+    named = (config.architectures or [None])[0]
+    chosen = next((auto for auto, model in found.items() if model == named), next(iter(found), AUTO_CLASSES[0]))
+    return getattr(transformers, chosen)
+
+
+def _model_classes(config: PretrainedConfig) -> Iterator[tuple[str, str]]:
+    """(Auto class, the model class that it would build) for every one that knows the config."""
+    for auto in AUTO_CLASSES:
+        mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
+        if type(config) in mapping:
+            model = mapping[type(config)]
+            yield auto, (model[0] if isinstance(model, tuple) else model).__name__
+
+
 def build_skeleton(
     config: PretrainedConfig, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The model with every parameter on the meta device and every buffer (rotary tables) real."""
     own = own_model(config, name, trust_remote_code)
+    kind = AutoModelForCausalLM if own else auto_class(config)
     try:
         with running_own_code(name, own), parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=own
-            )
+            model = kind.from_config(config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=own)
     except ValueError as error:
         raise UserError(
             f"{name} ({config.model_type}): not a causal language model: {str(error).splitlines()[0]}"
@@ -129,26 +155,31 @@ def is_fused_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_concatenated") and isinstance(down, nn.Parameter) and down.ndim == 3
 
 
-def describe(name: str, module: nn.Module, decoder_layer: str, config: PretrainedConfig) -> ExpertLayer:
+def describe(
+    name: str, module: nn.Module, decoder_layer: str, block: nn.Module, config: PretrainedConfig
+) -> ExpertLayer:
     experts, rows, columns = module.down_proj.shape
     hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
     return ExpertLayer(
         name, decoder_layer, experts=experts, intermediate=intermediate, hidden=hidden, gated=module.has_gate,
         concatenated=module.is_concatenated, transposed=module.is_transposed, biased=module.has_bias,
-        **_router_limits(config),
+        **_router_limits(block, config.get_text_config()),
     )  # fmt: skip
 
 
-def _router_limits(config: PretrainedConfig) -> dict[str, int | bool]:
+def _router_limits(block: nn.Module, text: PretrainedConfig) -> dict[str, int]:
     """What group-limited top-k routing asks of the experts that are left."""
-    text = config.get_text_config()
-    top_k = next((getattr(text, n) for n in ("num_experts_per_tok", "moe_k", "moe_topk") if hasattr(text, n)), 1)
+    chosen_of = [getattr(text, n, None) for n in TOP_K] + [getattr(m, "top_k", None) for m in block.modules()]
+    top_k = max((n for value in chosen_of for n in _numbers(value)), default=1)
     groups, chosen = getattr(text, "n_group", None) or 1, getattr(text, "topk_group", None) or 1
     # DeepSeek-V3 ranks groups by the sum of their two best experts.
     per_group = max(-(-top_k // chosen), 2 if groups > 1 else 1)
-    shared = any(getattr(text, n, None) for n in ("n_shared_experts", "moe_num_shared_experts"))
-    own = any(hasattr(text, n) for n in ("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"))
-    return {"router_groups": groups, "fewest_experts": per_group * groups, "fixed_width": shared and not own}
+    return {"router_groups": groups, "fewest_experts": per_group * groups}
+
+
+def _numbers(value: object) -> list[int]:
+    """A number of the config, or one for every layer."""
+    return [n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int)]
 
 
 def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:
@@ -160,11 +191,14 @@ def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:
             owner = next((p for p in lists if path.startswith(p + ".")), None)
             if owner is None:
                 raise UserError(f"{name}: experts at {path} are not inside a list of decoder layers.")
-            found.append(
-                describe(path, module, owner + "." + path.removeprefix(owner + ".").split(".")[0], model.config)
-            )
+            decoder_layer = owner + "." + path.removeprefix(owner + ".").split(".")[0]
+            block = model.get_submodule(path.rpartition(".")[0])
+            found.append(describe(path, module, decoder_layer, block, model.config))
     if not found:
         raise UserError(_why_none(model, name))
+    owners = sorted({layer.decoder_layer.rpartition(".")[0] for layer in found})
+    if len(owners) > 1:
+        raise UserError(f"{name}: has experts in several stacks of layers ({', '.join(owners)}). Not supported yet.")
     return found
 
 

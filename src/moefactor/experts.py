@@ -31,7 +31,9 @@ class ExpertLayer:
         biased: has a bias on every projection.
         router_groups, fewest_experts: for methods that drop experts: a group-limited router needs as many left in each
             of its groups, and top-k needs at least `fewest_experts` in all.
-        fixed_width: shared experts take their width from the routed experts', so the config can't narrow one alone.
+        router: (name in the model, axis) of every tensor with an entry for each expert; empty until it is looked for.
+        fixed_count, fixed_width: config.json can't say that these experts are fewer, or narrower, without changing
+            something else too (shared experts, say, whose width is the routed ones').
     """
 
     name: str
@@ -45,6 +47,8 @@ class ExpertLayer:
     biased: bool = False
     router_groups: int = 1
     fewest_experts: int = 1
+    router: tuple[tuple[str, int], ...] = ()
+    fixed_count: bool = False
     fixed_width: bool = False
 
     @property

@@ -14,6 +14,7 @@ from .errors import UserError
 from .experts import CompressedExperts
 from .plan import LayerPlan
 from .progress import Progress, Steps, silent
+from .runtime.experts import FactorisedExperts
 from .runtime.format import QUANT_METHOD, STUB, layer_plans
 
 
@@ -33,14 +34,14 @@ def export_dense(
         raise UserError(f"{name}: not a checkpoint of moefactor's; there is nothing to rebuild.")
     del config.quantization_config
     config.experts_implementation = None
-    skeleton = build_skeleton(config, name, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint(folder)
+    skeleton = build_skeleton(config, name, config.dtype or checkpoint.dtype, trust_remote_code)
     plans = layer_plans(quantisation, find_experts(skeleton, name))
     if any(plan.intercept for plan in plans):
         raise UserError(f"{name}: adds constants to experts' outputs (--intercept), which a dense MoE can't hold.")
-    checkpoint = Checkpoint(folder)
     reader = ModelReader(checkpoint, skeleton)
     steps = Steps(progress, "export", len(plans))
-    ours = tuple(plan.layer.name + "." for plan in plans)
+    ours = {name for plan in plans for name in _factors(plan)}
     plain = json.loads((folder / "config.json").read_text())
     for key in ("quantization_config", "experts_implementation"):
         plain.pop(key, None)
@@ -51,17 +52,22 @@ def export_dense(
             steps.detail = plan.layer.decoder_layer
             writer.add(reader.disk_layout(_dense_layer(checkpoint, plan)))
             steps.tick()
-        writer.copy_plain(checkpoint, [n for n in checkpoint.files if not n.startswith(ours)])
+        writer.copy_plain(checkpoint, [n for n in checkpoint.files if n not in ours], checked=reader.parameters)
         writer.companions(folder, skip=("plan.json", "compression.json", f"{STUB}.py"))
         writer.text("config.json", json.dumps(plain, indent=2) + "\n")
     return output
 
 
+def _factors(plan: LayerPlan) -> list[str]:
+    """Names in the folder of what a layer's forms are made of; other tensors may live in the same module."""
+    made = FactorisedExperts(plan, torch.float32)
+    return [f"{plan.layer.name}.{name}" for name, _ in made.named_parameters()]
+
+
 def _dense_layer(checkpoint: Checkpoint, plan: LayerPlan) -> dict[str, Tensor]:
     """Model name -> dense tensor of one layer's experts, in the dtype of its factors."""
     prefix = plan.layer.name + "."
-    names = [name for name in checkpoint.files if name.startswith(prefix)]
-    with checkpoint.slices(names) as slices:
+    with checkpoint.slices(_factors(plan)) as slices:
         stored = {name.removeprefix(prefix): view[:] for name, view in slices.items()}
     dtype = next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point())
     # Products in float32, then rounded once.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, refuse_existing, resolve
 from .errors import NotFinite, UserError, unknown
+from .fields import routers
 from .files import file_digest, locked, replacing
 from .fitting.descent import Kept, descend
 from .fitting.soap import Soap, falling
@@ -181,10 +182,8 @@ def trainable(model: nn.Module, ids: Tensor) -> list[str]:
         norms_here = [m for m in decoder.modules() if "norm" in type(m).__name__.lower()]
         handles += [m.register_forward_hook(after_norm) for m in norms_here]
         found.update({id(p): None for p in experts.parameters(recurse=False) if p.is_floating_point()})
-        inside = {id(p) for p in experts.parameters()}
-        for name, parameter in parent.named_parameters():
-            if parameter.shape[:1] == (layer.experts,) and "shared" not in name and id(parameter) not in inside:
-                found[id(parameter)] = None
+    named = dict(model.named_parameters())
+    found.update({id(named[name]): None for name in routers(model)})
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
@@ -404,11 +403,11 @@ def _write(folder: Path, model: nn.Module, best: dict[str, Tensor], output: Path
     targets, on_disk = reader.targets, reader.disk_layout(best)
 
     def change(name: str, tensor: Tensor) -> Tensor:
-        healed = on_disk.get(name, best.get(targets.get(name, name)))
+        healed = on_disk.get(name, best.get(targets.get(name, (name,))[0]))
         return tensor if healed is None else healed.to(tensor, copy=True).view_as(tensor)  # tied ones must not share
 
     with CheckpointWriter(output) as writer:
-        writer.copy_plain(checkpoint, list(checkpoint.files), change=change)
+        writer.copy_plain(checkpoint, list(checkpoint.files), change=change, checked=reader.parameters)
         writer.companions(folder)
         writer.text("config.json", (folder / "config.json").read_text())
         for card in folder.glob("README.md"):

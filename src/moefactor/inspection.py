@@ -41,16 +41,18 @@ def inspect(name: str, *, trust_remote_code: bool = False) -> Inspection:
     """Reads config.json and the safetensors headers; no weights."""
     folder = resolve(name)
     config = read_config(folder, name, trust_remote_code)
+    stated = config.dtype  # building may set it
     model = build_skeleton(config, name, trust_remote_code=trust_remote_code)
     layers = find_experts(model, name)
+    checkpoint = Checkpoint(folder)
     return Inspection(
         name,
         config.model_type,
         layers,
         # Tied weights are one tensor, though the skeleton has a place for each.
         parameters=sum(p.numel() for n, p in model.named_parameters() if n not in model.all_tied_weights_keys),
-        bytes=Checkpoint(folder).bytes(),
-        dtype=str(model.dtype).removeprefix("torch."),
+        bytes=checkpoint.bytes(),
+        dtype=str(stated or checkpoint.dtype).removeprefix("torch."),
     )
 
 

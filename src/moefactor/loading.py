@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from .checkpoint import quiet, resolve
-from .discover import own_model, read_config, running_own_code
+from .discover import auto_class, own_model, read_config, running_own_code
 
 
 def load(
@@ -22,7 +22,8 @@ def load(
     # Straight to a GPU takes accelerate; without it, by way of the host's memory.
     direct = {"device_map": str(device)} if is_accelerate_available() else {}
     with running_own_code(name, own), quiet():
-        model = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForCausalLM if own else auto_class(config)
+        model = kind.from_pretrained(
             folder, config=config, dtype=dtype, trust_remote_code=own, generation_config=GenerationConfig(), **direct
         )
     return (model if direct else model.to(device)).eval()

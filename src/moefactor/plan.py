@@ -52,6 +52,8 @@ class LayerPlan:
         widths = frozenset[int]().union(*ordinary)
         if len(widths) > 1 or 0 in widths or (self.layer.fixed_width and widths - {self.layer.intermediate}):
             return None
+        if self.kept is not None and self.layer.fixed_count:
+            return None
         return self.remaining.experts, *(widths or {self.layer.intermediate})
 
     def to_json(self) -> dict:

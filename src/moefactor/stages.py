@@ -33,7 +33,7 @@ from .progress import Progress, silent
 from .run_folder import RunFolder
 from .stats import GRADIENTS
 from .streaming import StreamedModel
-from .write import write_checkpoint
+from .write import check_method, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Recipe:
         calibration: text file, folder or dataset, see Calibration.read.
         own_text: share of it that the model writes itself; None for the method's own.
         text_column: of .jsonl, .parquet and datasets.
+        drop_mtp: leave out layers of multi-token prediction, and let config.json say that there are none.
     """
 
     method: Method
@@ -62,6 +63,7 @@ class Recipe:
     seqlen: int | None = None
     seed: int = 0
     text_column: str | None = None
+    drop_mtp: bool = False
 
     @classmethod
     def of(cls, method: str, options: dict, **rest: object) -> Recipe:
@@ -113,6 +115,7 @@ class Run:
         if self.recipe.ratio is not None:
             budget_of(self.model, self.recipe.ratio, self.recipe.allocation, self.recipe.rank_multiple)
         self.recipe.check()
+        check_method(self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp)
 
     @cached_property
     def own_share(self) -> float:
@@ -169,10 +172,13 @@ class Run:
 
     def write(self, plan: Plan, output: Path, command: str | None = None) -> None:
         with self.folder.opened(self.model):
-            write_checkpoint(self.model, plan, self.folder, output, command or self.command(output))
+            write_checkpoint(
+                self.model, plan, self.folder, output, command or self.command(output), drop_mtp=self.recipe.drop_mtp
+            )  # fmt: skip
 
     def all(self, output: Path) -> Plan:
         """The stages in order."""
+        self.check()
         with self.folder.opened(self.model):
             self.calibrate()
             plan = self.plan()

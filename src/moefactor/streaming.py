@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import UserDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -21,9 +22,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .checkpoint import Checkpoint, ModelReader, resolve
 from .compat import has_post_expert_norm
-from .discover import build_skeleton, decoder_layers, find_experts, own_model, read_config
+from .discover import build_skeleton, decoder_layers, find_experts, own_model, read_config, read_fields
 from .errors import UserError
 from .experts import ExpertLayer, ExpertWeights
+from .fields import find_fields
 from .fp8 import Fp8Source
 from .routing import Routing
 
@@ -76,6 +78,8 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
         if module.has_bias:
             y = y + module.down_proj_bias[expert]
         if has_post_expert_norm(module):
+            if watcher is not None and y.requires_grad:
+                y.register_hook(partial(watcher.add_gradient, expert))
             y = module.post_expert_norm(y)
         rows.append(y)
         if observer is not None:
@@ -83,7 +87,7 @@ def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
             seen = g != 0  # skipped pairs are routed to the last expert with weight 0
             observer(expert, x[seen].detach(), h[seen].detach(), y[seen].detach(), g[seen])
     out = routing.combine(torch.cat(rows)).to(hidden_states.dtype)
-    if watcher is not None and out.requires_grad:
+    if watcher is not None and out.requires_grad and not has_post_expert_norm(module):
         out.register_hook(lambda gradient: _show_gradients(watcher, routing, gradient))
     return out
 
@@ -114,15 +118,66 @@ def _multiply(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_forward)
 
 
+class Pool(UserDict):
+    """A dictionary that layers fill for those behind them; knows whether any did read it."""
+
+    read = False
+
+    def __getitem__(self, key: object) -> object:
+        self.read = True
+        return super().__getitem__(key)
+
+
 @dataclass
 class Activations:
     """Hidden states entering a layer, and each layer's other arguments; one entry a batch.
 
     Between layers the states have the checkpoint's dtype, as in the model itself: half of the memory of float32.
+
+    Args:
+        handed: what the layer before handed on besides the states (indices that layers share, a router's states).
+        flowing: the loss gradients at what is handed on, while a backward pass goes through; place -> tensor.
+        pools: what layers fill for those behind them (keys and values that they share).
     """
 
     states: list[Tensor]  # (batch, tokens, H)
     arguments: list[dict[str, tuple[tuple, dict]]]  # decoder layer -> args after the hidden states, kwargs
+    handed: list[tuple[Tensor | None, ...]] = field(default_factory=list)
+    flowing: list[dict[int, Tensor]] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
+
+    def tensors(self) -> list[Tensor]:
+        """All that enters a layer, to be kept for the backward pass."""
+        none = torch.empty(0, dtype=torch.uint8)
+        return [*self.states, *(none if t is None else t for handed in self.handed for t in handed)]
+
+    def gradients(self, states: list[Tensor]) -> list[Tensor]:
+        """The loss gradients at the states, and at what is handed on beside them, to be kept for a resumed run."""
+        none = torch.empty(0, dtype=torch.uint8)
+        places = range(max((len(handed) for handed in self.handed), default=0))
+        return [*states, *(flowing.get(place, none) for flowing in self.flowing for place in places)]
+
+    def flow(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Takes back what `gradients` gave, and returns those at the states."""
+        count, rest = len(self.arguments), iter(tensors[len(self.arguments) :])
+        places = range((len(tensors) - count) // max(1, count))
+        found = [{place: next(rest) for place in places} for _ in range(count)]
+        self.flowing = [{p: t for p, t in of.items() if t.dtype != torch.uint8 or t.numel()} for of in found]
+        return tensors[:count]
+
+    def enter(self, tensors: list[Tensor]) -> None:
+        """Takes back what `tensors` gave."""
+        count, rest = len(self.arguments), iter(tensors[len(self.arguments) :])
+        self.states = tensors[:count]
+        handed = [[next(rest) for _ in old] for old in self.handed]
+        self.handed = [tuple(None if t.dtype == torch.uint8 and not t.numel() else t for t in ts) for ts in handed]
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Stands, in a layer's arguments, for the `place`-th thing that the layer before hands on."""
+
+    place: int
 
 
 class StreamedModel:
@@ -146,13 +201,17 @@ class StreamedModel:
         self.config = read_config(self.folder, name, trust_remote_code)
         self.own_code = own_model(self.config, name, trust_remote_code)  # the model's class is its repository's
         source = _quantised_source(self.config, name)
-        self.stored_dtype: torch.dtype = self.config.dtype or torch.float32
+        checkpoint = Checkpoint(self.folder)
+        self.stored_dtype: torch.dtype = self.config.dtype or checkpoint.dtype
         self.dtype = dtype or compute_dtype(self.stored_dtype, self.device)
         self.model = build_skeleton(self.config, name, self.dtype, trust_remote_code)
-        self.experts: list[ExpertLayer] = find_experts(self.model, name)
+        self.config_json = read_fields(self.folder)
+        self.fields, self.experts = find_fields(self.config, self.config_json, find_experts(self.model, name))
         self.decoder_layers = decoder_layers(self.model, self.experts)
-        self.reader = ModelReader(Checkpoint(self.folder), self.model, source)
+        self.reader = ModelReader(checkpoint, self.model, source)
+        self.reader.untie()
         self.reader.check_complete()
+        self._extras: int | None = _UNKNOWN  # things that its layers hand on beside the states; see _handed_on
         self.model.set_experts_implementation(OBSERVED)
 
     def fits_in_memory(self) -> bool:
@@ -190,31 +249,59 @@ class StreamedModel:
         self.reader.load(path, self.device, without=(owner,))
         _to_device(decoder, self.device)
         states, arguments = [], []
+        if self._extras is _UNKNOWN:
+            self._extras = self._handed_on(decoder, batches[0][:1].to(self.device))
         layers = {name: self.model.get_submodule(name) for name in self.decoder_layers}
         try:
             for ids in batches:
-                record: dict[str, tuple[tuple, dict]] = {}
+                record = _Record(self.name, self.decoder_layers, self._extras)
                 for name, layer in layers.items():
-                    layer.forward = _recorder(name, record)
-                decoder(input_ids=ids.to(self.device), use_cache=False)
-                states.append(record[self.decoder_layers[0]][0][0].to(self.stored_dtype))
-                rest = {name: (args[1:], kwargs) for name, (args, kwargs) in record.items()}
-                arguments.append(_share(rest, arguments[0]) if arguments else rest)
+                    layer.forward = record.of(name)
+                record.run(decoder, ids.to(self.device))
+                states.append(record.calls[self.decoder_layers[0]][0][0].to(self.stored_dtype))
+                rest = {name: (args[1:], kwargs) for name, (args, kwargs) in record.calls.items()}
+                arguments.append(_share(rest, arguments[0] if arguments else None, {}))
         finally:
             for layer in layers.values():
                 del layer.forward
         self.reader.release(path)
-        return Activations(states, arguments)
+        handed = [(None,) * (self._extras or 0)] * len(states)
+        pools = [v for args, kwargs in arguments[0].values() for v in (*args, *kwargs.values()) if isinstance(v, Pool)]
+        return Activations(states, arguments, handed, pools=pools)
+
+    def _handed_on(self, decoder: nn.Module, ids: Tensor) -> int | None:
+        """How many things a decoder layer returns behind the hidden states; None where it returns these alone.
+
+        The first layer is run to see it: a model takes a tuple apart by its length, so stand-ins must have the same.
+        """
+        first = self.decoder_layers[0]
+        layer, calls = self.model.get_submodule(first), []
+
+        def stop(*args: object, **kwargs: object) -> None:
+            calls.append((args, kwargs))
+            raise _Stop
+
+        layer.forward = stop
+        try:
+            with suppress(_Stop):
+                decoder(input_ids=ids, use_cache=False)
+        finally:
+            del layer.forward
+        args, kwargs = calls[0]
+        with self.loaded(first) as layer:
+            out = layer(*args, **kwargs)
+        return len(out) - 1 if isinstance(out, tuple) else None
 
     @torch.no_grad()
     def run(self, decoder_layer: str, activations: Activations, *, keep: bool = True, tick: Tick = _nothing) -> None:
-        """Runs the loaded layer over all batches; its outputs replace the hidden states unless `keep` is off."""
+        """Runs the loaded layer over all batches; its outputs replace what entered it unless `keep` is off."""
         layer = self.model.get_submodule(decoder_layer)
         for index, state in enumerate(activations.states):
-            args, kwargs = activations.arguments[index][decoder_layer]
+            args, kwargs = _filled(activations.arguments[index][decoder_layer], activations.handed[index])
             out = layer(state.to(self.dtype), *args, **kwargs)
             if keep:
                 activations.states[index] = (out[0] if isinstance(out, tuple) else out).to(self.stored_dtype)
+                activations.handed[index] = tuple(out[1:]) if isinstance(out, tuple) else ()
             tick()
 
     def loss_gradients(self, batches: list[Tensor], activations: Activations, tick: Tick = _nothing) -> list[Tensor]:
@@ -222,10 +309,15 @@ class StreamedModel:
 
         The whole model is run with its decoder layers left out, so norms, heads and logit scalings are its own.
         """
+        if any(pool.read for pool in activations.pools):
+            raise UserError(
+                f"{self.name}: its layers share keys and values, through which no gradient is taken here. Choose a "
+                "method or option that needs none (--allocation score; rfid, shared_basis, whitened_svd, reap)."
+            )
         owner = self.decoder_layers[0].rpartition(".")[0]
         self.reader.load("", self.device, without=(owner,))
         _to_device(self.model, self.device)
-        self.model.tie_weights()
+        self.model.tie_weights(recompute_mapping=False)
         layers = [self.model.get_submodule(name) for name in self.decoder_layers]
         gradients = []
         try:
@@ -234,8 +326,9 @@ class StreamedModel:
                 # A sequence at a time: logits of a large vocabulary are the largest tensor of all.
                 for row, entering in zip(ids.to(self.device).split(1), state.split(1), strict=True):
                     leaf = entering.to(self.dtype, copy=True).requires_grad_()
+                    out = leaf if self._extras is None else (leaf, *[None] * self._extras)
                     for layer in layers:
-                        layer.forward = lambda hidden_states, *args, leaf=leaf, **kwargs: leaf
+                        layer.forward = lambda hidden_states, *args, out=out, **kwargs: out
                     logits = self.model(input_ids=row, use_cache=False).logits[:, :-1].float()
                     loss = nn.functional.cross_entropy(logits.transpose(1, 2), row[:, 1:], reduction="sum")
                     rows.append(torch.autograd.grad(loss, leaf)[0])
@@ -245,6 +338,7 @@ class StreamedModel:
             for layer in layers:
                 del layer.forward
         self.reader.release("")
+        activations.flowing = [{} for _ in gradients]
         return gradients
 
     def backward(
@@ -254,39 +348,114 @@ class StreamedModel:
         """Takes the gradients at the loaded layer's outputs back to its inputs, in place unless `keep` is off."""
         layer = self.model.get_submodule(decoder_layer)
         for index, state in enumerate(activations.states):
-            args, kwargs = activations.arguments[index][decoder_layer]
             leaf = state.to(self.dtype, copy=True).requires_grad_()
+            handed = tuple(
+                t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+                for t in activations.handed[index]
+            )
+            args, kwargs = _filled(activations.arguments[index][decoder_layer], handed)
             with torch.enable_grad():
                 out = layer(leaf, *args, **kwargs)
-                torch.autograd.backward(out[0] if isinstance(out, tuple) else out, gradients[index])
+                outs = out if isinstance(out, tuple) else (out,)
+                ends = {0: gradients[index], **{place + 1: g for place, g in activations.flowing[index].items()}}
+                torch.autograd.backward([outs[n] for n in ends], list(ends.values()))
             if keep:
                 gradients[index] = leaf.grad
+                given = {place: t.grad for place, t in enumerate(handed) if t is not None and t.requires_grad}
+                activations.flowing[index] = {place: grad for place, grad in given.items() if grad is not None}
             after_batch()
 
 
-def _recorder(name: str, record: dict) -> Callable:
-    def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        record[name] = ((hidden_states, *args), kwargs)
-        return hidden_states
-
-    return forward
+_UNKNOWN = -1
 
 
-def _share(value: object, other: object) -> object:
+class _Stop(Exception):
+    """Ends a model's run where the first decoder layer would begin."""
+
+
+class _Record:
+    """What each decoder layer is given in one run of the model around them, none of them being run.
+
+    Raises UserError where the model does something to the states between its layers, which one layer at a time would
+    leave out.
+    """
+
+    def __init__(self, name: str, layers: list[str], extras: int | None):
+        self.name, self.layers, self.extras = name, layers, extras
+        self.calls: dict[str, tuple[tuple, dict]] = {}
+        self.last: Tensor | None = None
+
+    def of(self, layer: str) -> Callable:
+        def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+            if layer in self.calls or (self.last is not None and hidden_states is not self.last):
+                raise self.refusal(layer)
+            # A new object, which only this layer gives, and which what is made of it needs a gradient for.
+            self.last = hidden_states.detach().requires_grad_()
+            if any(t.requires_grad for t in _tensors((args, kwargs))):
+                raise self.refusal(layer)
+            self.calls[layer] = ((hidden_states, *args), kwargs)
+            return self.last if self.extras is None else (self.last, *map(Handed, range(self.extras)))
+
+        return forward
+
+    def run(self, decoder: nn.Module, ids: Tensor) -> None:
+        try:
+            with torch.enable_grad():
+                decoder(input_ids=ids, use_cache=False)
+        except (TypeError, AttributeError) as error:
+            if self.extras is None:
+                raise
+            raise self.refusal(next(reversed(self.calls), self.layers[0])) from error  # it worked on a Handed
+        if list(self.calls) != self.layers:
+            raise self.refusal(next((n for n in self.layers if n not in self.calls), self.layers[0]))
+
+    def refusal(self, layer: str) -> UserError:
+        return UserError(
+            f"{self.name}: between its decoder layers (at {layer}) the model does more than hand on what they return, "
+            "so it can't be run a layer at a time. Methods that read no text (svd, mobe) work on it."
+        )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | UserDict | tuple | list):
+        for part in value.values() if isinstance(value, dict | UserDict) else value:
+            yield from _tensors(part)
+
+
+def _filled(call: tuple[tuple, dict], handed: tuple[Tensor | None, ...]) -> tuple[tuple, dict]:
+    """A layer's arguments with what the layer before handed on."""
+
+    def fill(value: object) -> object:
+        return handed[value.place] if isinstance(value, Handed) else value
+
+    args, kwargs = call
+    return tuple(map(fill, args)), {key: fill(value) for key, value in kwargs.items()}
+
+
+def _share(value: object, other: object, seen: dict[int, object]) -> object:
     """`value` with every tensor that equals the one at the same place in `other` replaced by that one.
 
-    Masks and positions are the same in every batch; kept once, they cost nothing.
+    Masks and positions are the same in every batch; kept once, they cost nothing. An object that several layers are
+    given (keys and values that they share) stays one object; `seen` knows it by its id.
     """
+    if id(value) in seen:
+        return seen[id(value)]
+    found = value
     if isinstance(value, Tensor):
         same = isinstance(other, Tensor) and value.shape == other.shape and value.dtype == other.dtype
-        return other if same and torch.equal(value, other) else value
-    if isinstance(value, dict):
+        found = other if same and torch.equal(value, other) else value
+    elif isinstance(value, dict | UserDict) and not value:
+        found = Pool()
+    elif type(value) is dict:
         known = other if isinstance(other, dict) else {}
-        return {key: _share(item, known.get(key)) for key, item in value.items()}
-    if type(value) in (tuple, list):
+        found = {key: _share(item, known.get(key), seen) for key, item in value.items()}
+    elif type(value) in (tuple, list):
         known = other if isinstance(other, tuple | list) and len(other) == len(value) else [None] * len(value)
-        return type(value)(_share(a, b) for a, b in zip(value, known, strict=True))
-    return value
+        found = type(value)(_share(a, b, seen) for a, b in zip(value, known, strict=True))
+    seen[id(value)] = found
+    return found
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

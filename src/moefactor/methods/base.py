@@ -39,6 +39,8 @@ class Method:
         refit: (weights, stats, compressed, tokens, plan, *, seed, **options) -> CompressedExperts, a second look at
             the layer with the tokens themselves (fitting.refine.LayerTokens), where there are any.
         own_text: share of the calibration windows that the model writes itself unless the user says otherwise.
+        standard: options -> what makes the result an ordinary, smaller MoE: fewer experts (`count`), narrower ones
+            (`width`); empty where it is none.
 
     A method that makes offers is made by `offering`, one that treats stacks apart by `lift`.
     """
@@ -58,6 +60,7 @@ class Method:
     build: Callable[..., LayerPlan] | None = None
     refit: Callable[..., CompressedExperts] | None = None
     own_text: float = 0.0
+    standard: Callable[[dict], str] = lambda options: ""
 
     def needs_to_plan(self, options: dict, allocation: str | None) -> set[str]:
         """Statistics that planning reads; the rule `loss` ranks gains in the norm that factorising will use."""

@@ -121,4 +121,5 @@ METHOD = offering(
     build=build,
     plan_needs=lambda options: {"output_gradient", "hidden_square"},
     factorise_needs=lambda options: {"output_gradient", "hidden_square", "hidden_moment"},
+    standard=lambda options: "width" if options["widths"] == "model" and not options["intercept"] else "",
 )

@@ -99,4 +99,5 @@ METHOD = offering(
     build=build,
     plan_needs=lambda options: {"routing"},
     factorise_needs=lambda options: {"hidden_square"} if options["intercept"] else set(),
+    standard=lambda options: "" if options["intercept"] else "count",
 )

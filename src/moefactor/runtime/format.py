@@ -5,9 +5,12 @@ docs/format.md describes it for other engines.
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 from ..errors import UserError
 from ..experts import ExpertLayer
@@ -18,44 +21,73 @@ STUB = "modeling_moefactor"
 STUB_CLASS = "MoefactorForCausalLM"
 
 
-def checkpoint_config(source: Path, plan: Plan, model_type: str, own_code: bool = False) -> str:
-    """The source's config.json with our `quantization_config`, and two guards for readers without the package; one
-    where only the repository's own code knows the architecture (own_code), since that code is named in the same place.
+class Fields(Protocol):
+    """Where config.json has the number of experts and their width: paths of keys, see fields.py."""
+
+    counts: tuple[tuple[str, ...], ...]
+    widths: tuple[tuple[str, ...], ...]
+
+
+def checkpoint_config(
+    source: Path, plan: Plan, model_type: str, fields: Fields, auto_class: str = "AutoModelForCausalLM", *,
+    without: tuple[tuple[str, ...], ...] = (), own_code: bool = False,
+) -> str:  # fmt: skip
+    """The source's config.json with our `quantization_config`, and two guards for readers without the package.
 
     `experts_implementation` is a name that transformers refuses unless moefactor is imported; without it the model
     would load with random experts and still generate.
+
+    Args:
+        fields: where it says how many experts there are and how wide, for a result that is an ordinary MoE.
+        auto_class: transformers' class that loads it.
+        without: paths of numbers, or of yes, that become 0 and no (prediction layers that are left out).
+        own_code: only the repository's own code knows the architecture. That code is named where the second guard would
+            be, so there is the first alone.
     """
     config = json.loads((source / "config.json").read_text())
     config["model_type"] = model_type  # as it was read: kimi_k2 is deepseek_v3 to transformers
+    config.pop("transformers_weights", None)  # the file that it names is not there any more
+    for path in without:
+        config = _with(config, path, lambda old: False if old is True else 0)
     if plan.standard():
-        return json.dumps(_smaller(config, plan), indent=2) + "\n"
+        return json.dumps(smaller(config, plan, fields), indent=2) + "\n"
     config["quantization_config"] = quantization_config(plan)
     config["experts_implementation"] = QUANT_METHOD
     if not own_code:
-        config["auto_map"] = {"AutoModelForCausalLM": f"{STUB}.{STUB_CLASS}"}
+        config["auto_map"] = {auto_class: f"{STUB}.{STUB_CLASS}"}
     return json.dumps(config, indent=2) + "\n"
 
 
-# The names under which architectures keep the number of routed experts and their width.
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-WIDTHS = ("moe_intermediate_size", "intermediate_size")
-
-
-def _smaller(config: dict, plan: Plan) -> dict:
+def smaller(config: dict, plan: Plan, fields: Fields) -> dict:
     """config.json of an ordinary MoE with the experts and the width that are left."""
     experts, width = plan.standard()
     layer = plan.layers[0].layer
-    config.pop("quantization_config", None)  # FP8, undone on reading
-    for part in (config, config.get("text_config") or {}):
-        for name in COUNTS:
-            if part.get(name) == layer.experts:
-                part[name] = experts
-        # Models with dense layers have both names, and intermediate_size is theirs.
-        name = next((n for n in WIDTHS if part.get(n) == layer.intermediate), None)
-        if name is not None:
-            part[name] = width
-    if width % 8 and width != layer.intermediate:
-        config["experts_implementation"] = "eager"  # transformers' grouped_mm wants rows of 16 bytes
+    config = {k: v for k, v in config.items() if k != "quantization_config"}  # FP8, undone on reading
+    if experts != layer.experts:
+        config = with_values(config, fields.counts, layer.experts, experts)
+    if width != layer.intermediate:
+        config = with_values(config, fields.widths, layer.intermediate, width)
+        if width % 8:
+            config["experts_implementation"] = "eager"  # transformers' grouped_mm wants rows of 16 bytes
+    return config
+
+
+def with_values(config: dict, paths: tuple[tuple[str, ...], ...], old: int, new: int) -> dict:
+    """config.json with `new` for `old` at the paths; in a list, one number for every layer, wherever `old` is."""
+    for path in paths:
+        config = _with(
+            config, path, lambda v: [new if n == old else n for n in v] if isinstance(v, list) else new
+        )  # fmt: skip
+    return config
+
+
+def _with(config: dict, path: tuple[str, ...], change: Callable[[object], object]) -> dict:
+    """A copy with the field at `path` changed; one that only the config's class has a value for is added."""
+    config = copy.deepcopy(config)
+    place = config
+    for key in path[:-1]:
+        place = place.setdefault(key, {})
+    place[path[-1]] = change(place.get(path[-1]))
     return config
 
 
@@ -109,13 +141,13 @@ def _longest_suffix(name: str, names: dict[str, dict]) -> str | None:
     return best if best is not None and shared(best) >= 3 else None
 
 
-def loader_stub() -> dict[str, str]:
+def loader_stub(auto_class: str = "AutoModelForCausalLM") -> dict[str, str]:
     """File name -> content: what `trust_remote_code=True` runs. transformers itself says `pip install moefactor`
     when the import below fails."""
     content = f'''"""Loads this checkpoint with trust_remote_code=True; its experts are factorised by moefactor."""
 
 import moefactor  # pip install moefactor
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
 
 class {STUB_CLASS}:
@@ -128,12 +160,12 @@ class {STUB_CLASS}:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         kwargs.pop("trust_remote_code", None)
-        return AutoModelForCausalLM.from_pretrained(*args, trust_remote_code=False, **kwargs)
+        return {auto_class}.from_pretrained(*args, trust_remote_code=False, **kwargs)
 '''
     return {f"{STUB}.py": content}
 
 
-def model_card(plan: Plan, command: str) -> str:
+def model_card(plan: Plan, command: str, auto_class: str = "AutoModelForCausalLM") -> str:
     before, after = plan.original_count, plan.parameter_count()
     base = plan.model if not Path(plan.model).exists() else Path(plan.model).name
     needed = "" if plan.standard() else "import moefactor\n"
@@ -156,9 +188,9 @@ Made by [moefactor](https://pypi.org/project/moefactor/) {version("moefactor")} 
 | parameters of the routed experts | {before:,} | {after:,} ({1 - after / before:.1%} removed) |
 
 ```python
-{needed}from transformers import AutoModelForCausalLM
+{needed}from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = {auto_class}.from_pretrained("this folder")
 ```
 
 Made by:

@@ -49,11 +49,16 @@ class MoefactorQuantizer(HfQuantizer):
             parent_name, _, leaf = plan.layer.name.rpartition(".")
             parent = model.get_submodule(parent_name)
             setattr(parent, leaf, FactorisedExperts.replacing(getattr(parent, leaf), plan))
+            _stand_in(getattr(parent, leaf))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         show_parallel_plans(self, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, FactorisedExperts):
+                for name in WEIGHTS:
+                    vars(module).pop(name, None)
         # transformers fills what a file lacks with whatever was in memory; only what it loaded carries this flag.
         # Parameters on the meta device are those that accelerate has put off to disk or host memory.
         unfilled = [
@@ -92,6 +97,18 @@ class MoefactorQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def _stand_in(module: FactorisedExperts) -> None:
+    """While weights are loaded, an architecture may initialise its experts' tensors by name; these take it and are
+    gone afterwards."""
+    for name in WEIGHTS:
+        empty = torch.empty(0)
+        empty._is_hf_initialized = True
+        vars(module)[name] = empty
 
 
 def _only_factorised(module: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
