@@ -14,7 +14,7 @@ from .errors import UserError
 from .experts import CompressedExperts
 from .plan import LayerPlan
 from .progress import Progress, Steps, silent
-from .runtime.experts import FactorisedExperts
+from .runtime.module import FactorisedExperts
 from .runtime.format import QUANT_METHOD, STUB, layer_plans
 
 
