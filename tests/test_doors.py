@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from moefactor.compress import run_stages
-from moefactor.heal import trainable
+from moefactor.healing import trainable
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

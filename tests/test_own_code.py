@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from moefactor.evaluate import evaluate
-from moefactor.heal import heal
-from moefactor.inspect import inspect
+from moefactor.evaluation import evaluate
+from moefactor.healing import heal
+from moefactor.inspection import inspect
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 

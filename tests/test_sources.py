@@ -10,8 +10,8 @@ import pyarrow
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from moefactor.evaluate import evaluate
-from moefactor.heal import heal
+from moefactor.evaluation import evaluate
+from moefactor.healing import heal
 from pyarrow import parquet
 
 from moefactor import UserError
