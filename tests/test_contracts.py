@@ -15,8 +15,9 @@ from moefactor.methods import METHODS
 from moefactor.plan import LayerPlan
 from moefactor.stats import STATISTICS, LayerStats
 
-# What keeps a method that fits by gradient descent quick here; goes with every case of it.
-QUICK: dict[str, dict] = {"mobe": {"steps": 30}, "slbf": {"steps": 30}}
+# What keeps a method that fits by gradient descent quick here; goes with every case of it. slbf's own rate wants more
+# steps.
+QUICK: dict[str, dict] = {"mobe": {"steps": 30}, "slbf": {"steps": 30, "rate": 0.03}}
 # Options to go through besides the defaults.
 VARIANTS: dict[str, list[dict]] = {
     "svd": [{"joint": True}, {"projections": ("down",)}],
