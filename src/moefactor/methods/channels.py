@@ -5,7 +5,8 @@ Channel k of expert e is row k of gate and of up and column k of down. Removing 
 ½·E[h_k²]·d_kᵀ G_e d_k a token of e, with G_e = E[∇ ∇ᵀ] of the loss gradient at the expert's output. Two things are
 ours. Channels are ranked by the sum of that over the calibration tokens, which is what the whole loss rises by, where
 HEAPr's code takes the mean over the expert's own tokens (`--ranking mean`). And what is left of down is refitted
-(`--refit false` leaves it): D'_K = D·C[:,K]·C[K,K]⁻¹, C the expert's second moment of h.
+(`--refit false` leaves it): D'_K = D·C[:,K]·C[K,K]⁻¹, C the expert's second moment of h. HEAPr's code comes to 1.199 on
+text like what is measured and 1.460 on unlike text, at 40 % of the reference model; this to 1.109 and 1.315.
 
 With `--intercept` what is removed is replaced by its mean, a constant at the expert's output (MoNE, arXiv 2507.00390),
 and C is the covariance.

@@ -29,8 +29,8 @@ START_LOGIT = 4.0
 RATES = {"varpro": 0.2, "adam": 0.07}
 MIX_RATE = 2.0  # times the bases' rate, for the same reason
 STEPS = {"varpro": 1500, "adam": 10_000}
-# Of Adam in variable projection. Bases grow tenfold on their way, and what takes them there fast, a rate that is held
-# and a short memory, is worth more than twice the steps under a cosine (docs/log.md).
+# Of Adam in variable projection. Bases travel far, growing tenfold; a rate that is held and a short memory take them
+# there, and are worth about twice the steps under a cosine (docs/log.md).
 BETAS = (0.8, 0.95)
 HELD = 0.7  # of the steps; then a straight line to 0
 
