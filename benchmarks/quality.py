@@ -57,6 +57,7 @@ METHODS = {
     "shared_basis": ("shared_basis", {}),
     "rfid": ("rfid", {}),
     "rfid, three projections, no residual": ("rfid", {**THREE, "residual": 0}),
+    "mobe, gate and up": ("mobe", {}),
     "mobe, three projections": ("mobe", THREE),
     "slbf": ("slbf", {}),
     "d2moe, Fisher base": ("d2moe", {}),
@@ -70,7 +71,14 @@ METHODS = {
     "biaxial, tight, data-free": ("biaxial", {"form": "tight", "data_free": True}),
 }
 # Measured once: no calibration text has a part in them.
-DATA_FREE = ("svd", "shared_basis, plain", "mobe, three projections", "slbf", "biaxial, tight, data-free")
+DATA_FREE = (
+    "svd",
+    "shared_basis, plain",
+    "mobe, gate and up",
+    "mobe, three projections",
+    "slbf",
+    "biaxial, tight, data-free",
+)
 ABLATION = {
     "rfid, as in the paper": ("rfid", {}),
     "no residual": ("rfid", {"residual": 0}),
@@ -90,6 +98,8 @@ OPTIONS = {
     "channels, intercept": ("channels", {"intercept": True}),
     "channels, down not refitted": ("channels", {"refit": False}),
     "channels, one width": ("channels", {"widths": "model"}),
+    "channels, ranked by the mean": ("channels", {"ranking": "mean"}),
+    "channels, as in the paper": ("channels", {"ranking": "mean", "refit": False}),
     "reap, intercept": ("reap", {"intercept": True}),
     "d2moe, mean base": ("d2moe", {"base": "mean"}),
     "d2moe, shared v": ("d2moe", {"base": "frequency", "shared": "v"}),

@@ -2,8 +2,8 @@
 
     python benchmarks/solvers.py                        two stacks of the reference model, 10,000 steps of Adam
 
-Both start from the same bases. Prints when variable projection passed the loss that Adam ended with, writes JSON and,
-where matplotlib is installed, a picture of both curves.
+Each from its own start, Adam from the public code's. Prints when variable projection passed the loss that Adam ended
+with, writes JSON and, where matplotlib is installed, a picture of both curves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moefactor.methods import METHODS
+from moefactor.methods.mobe import STEPS
 from moefactor.plan import LayerPlan
 from moefactor.streaming import StreamedModel
 
@@ -22,11 +23,11 @@ MODEL = Path(__file__).resolve().parents[1] / "assets" / "reference-moe"
 BASES = 7  # what a ratio of 0.4 leaves for
 
 
-def fit(model: StreamedModel, layer: int, projection: str, solver: str, steps: int) -> dict:
+def fit(model: StreamedModel, layer: int, projection: str, bases: int, solver: str, steps: int) -> dict:
     method = METHODS["mobe"]
     weights = model.expert_weights(model.experts[layer])
     options = method.complete({"projections": projection, "solver": solver, "steps": steps})
-    plan: LayerPlan = method.build(method.price(weights, None, None, seed=0, **options), [BASES])
+    plan: LayerPlan = method.build(method.price(weights, None, None, seed=0, **options), [bases])
     # The other stacks stay dense, so that the time is this stack's alone.
     started = time.perf_counter()
     compressed = method.factorise(weights, None, replace(plan), seed=0, **options)
@@ -36,9 +37,10 @@ def fit(model: StreamedModel, layer: int, projection: str, solver: str, steps: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stacks", default="0:gate,2:down")
-    parser.add_argument("--adam-steps", type=int, default=10_000)
-    parser.add_argument("--varpro-steps", type=int, default=600)
+    parser.add_argument("--stacks", default="0:gate,2:down", help="LAYER:PROJECTION, ...")
+    parser.add_argument("--adam-steps", type=int, default=STEPS["adam"])
+    parser.add_argument("--varpro-steps", type=int, default=STEPS["varpro"])
+    parser.add_argument("--bases", type=int, default=BASES)
     parser.add_argument("--output", type=Path, default=Path("results/solvers.json"))
     arguments = parser.parse_args()
     model = StreamedModel(str(MODEL))
@@ -47,7 +49,7 @@ def main() -> None:
     for stack in arguments.stacks.split(","):
         layer, projection = stack.split(":")
         pair = {
-            solver: fit(model, int(layer), projection, solver, steps)
+            solver: fit(model, int(layer), projection, arguments.bases, solver, steps)
             for solver, steps in (("adam", arguments.adam_steps), ("varpro", arguments.varpro_steps))
         }
         results[stack] = pair

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from moefactor.compress import run_stages
-from moefactor.healing import trainable
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -25,6 +24,7 @@ from moefactor.checkpoint import INDEX, WEIGHTS, Checkpoint
 from moefactor.discover import find_experts
 from moefactor.errors import UserError
 from moefactor.experts import ExpertLayer
+from moefactor.healing import trainable
 from moefactor.methods import METHODS
 from moefactor.run_folder import RunFolder
 from moefactor.stats import LayerStats

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from moefactor.evaluation import evaluate
-from moefactor.healing import heal
-from moefactor.inspection import inspect
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import moefactor
 from models import on_disk
 from moefactor import UserError
+from moefactor.evaluation import evaluate
 from moefactor.export import export_dense
 from moefactor.generate import generate
+from moefactor.healing import heal
+from moefactor.inspection import inspect
 from moefactor.text import load_tokenizer
 
 TOKENIZER = '''

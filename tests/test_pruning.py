@@ -366,6 +366,18 @@ def test_importance_is_the_formula() -> None:
     assert torch.equal(found[UNUSED], torch.zeros(16).double())
 
 
+def test_ranking_by_the_mean_is_of_a_token_of_the_expert() -> None:
+    """Rare experts' channels count as much as frequent ones'; within an expert the order stays."""
+    weights = random_weights()
+    stats = random_stats(weights)
+    offered = {
+        ranking: METHODS["channels"].offers(weights, stats, seed=0, ranking=ranking).offers
+        for ranking in ("sum", "mean")
+    }
+    for expert, (summed, mean) in enumerate(zip(offered["sum"], offered["mean"], strict=True)):
+        torch.testing.assert_close(mean.gains * stats.count[expert].clamp(min=1).double(), summed.gains)
+
+
 def test_the_cheapest_channels_go(everything: Staged) -> None:
     _, _, plan, run = everything["narrow qwen3_moe"]
     width = plan.layers[0].forms["down"].widths[0]

@@ -10,12 +10,12 @@ import pyarrow
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from moefactor.evaluation import evaluate
-from moefactor.healing import heal
 from pyarrow import parquet
 
 from moefactor import UserError
 from moefactor.calibrate import Calibration
+from moefactor.evaluation import evaluate
+from moefactor.healing import heal
 from moefactor.streaming import StreamedModel
 from moefactor.text import (
     Reading,

@@ -52,13 +52,12 @@ def compare(
     output = Path(output).expanduser()
     for ratio in ratios:
         check_ratio(ratio)
-    how = {"samples": samples, "seqlen": seqlen, "seed": seed}
-    recipes = {c.label: Recipe.of(c.method, c.options, **how) for c in contenders}
+    recipes = {c.label: Recipe.of(c.method, c.options, samples=samples, seed=seed) for c in contenders}
     if len(recipes) < len(contenders):
         raise UserError("Two contenders have one label; results could not be told apart.")
     streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
     with locked(output / ".lock", str(output)):
-        runs = _Runs(streamed, output, calibration, own_text, text_column, progress)
+        runs = _Runs(streamed, output, calibration, own_text, text_column, seqlen, progress)
         about = {
             "model": model, "source": digest_of(structure_of(streamed.reader.checkpoint))[:32],
             "calibration": calibration, "own_text": own_text, "samples": samples, "seqlen": seqlen, "seed": seed,
@@ -101,10 +100,12 @@ class _Runs:
 
     def __init__(
         self, model: StreamedModel, output: Path, calibration: str | None, own_text: float | None,
-        text_column: str | None, progress: Progress,
+        text_column: str | None, seqlen: int | None, progress: Progress,
     ):  # fmt: skip
         self.model, self.output, self.progress = model, output, progress
-        self.text = {"calibration": calibration, "own_text": own_text, "text_column": text_column}
+        self.text = {
+            "calibration": calibration, "own_text": own_text, "text_column": text_column, "seqlen": seqlen,
+        }  # fmt: skip
         self.shared: dict[float, Run] = {}  # share of own text -> a run whose text and statistics serve all
 
     def calibrate(self, recipes: list[Recipe]) -> None:

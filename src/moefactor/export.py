@@ -14,8 +14,8 @@ from .errors import UserError
 from .experts import CompressedExperts
 from .plan import LayerPlan
 from .progress import Progress, Steps, silent
-from .runtime.module import FactorisedExperts
 from .runtime.format import QUANT_METHOD, STUB, layer_plans
+from .runtime.module import FactorisedExperts
 
 
 def export_dense(

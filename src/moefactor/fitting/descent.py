@@ -38,6 +38,7 @@ def descend(
     optimiser: torch.optim.Optimizer, schedule: Schedule, gradient: Callable[[], float], kept: Kept, *, steps: int,
     start: int = 0, look: Callable[[], float] | None = None, every: int = 1,
     looked: Callable[[int, float], None] = lambda step, value: None, stop: Callable[[int], bool] = lambda step: False,
+    stalled: Callable[[list[float]], bool] = lambda losses: False,
 ) -> list[float]:  # fmt: skip
     """Takes `steps` steps and returns the loss before each.
 
@@ -47,6 +48,7 @@ def descend(
             itself, before each step, since the last improvement may be the largest.
         looked: told the step and the value of each look.
         stop: asked before each step.
+        stalled: asked once the loss of a step is known, with all losses up to it; ends before that step is taken.
 
     Raises NotFinite for a loss that isn't, unless a look decides.
     """
@@ -61,6 +63,8 @@ def descend(
             if not math.isfinite(loss):
                 raise NotFinite(f"the loss of step {step}")
             kept.offer(loss, step)
+        if stalled(losses):
+            break
         optimiser.step()
         schedule.step()
         if look is not None and ((step + 1) % every == 0 or step + 1 == steps):

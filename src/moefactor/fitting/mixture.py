@@ -10,6 +10,7 @@ only bases and mixing are optimised: at the optimal A the gradient is that of th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..errors import NotFinite, UserError
 from ..forms.basis_mixture import ACTIVATIONS
+from .descent import Kept, descend
 
 RIDGE = 1e-5  # of the mean diagonal of B C Bᵀ; smaller ones made single experts blow up between steps
 
@@ -31,6 +33,8 @@ class Problem:
     right: (E, H, H) C_e, or None for the identity.
     left: (E, width, width) L_e, or (E, width) its diagonal, or None.
     level: what the weights were divided by, for the caller to remember.
+    triangles: solve for A by two triangular systems; over many small matrices on a CPU in two fifths of the time of
+        cholesky_solve, and other in the last bits.
     """
 
     weights: Tensor
@@ -38,6 +42,7 @@ class Problem:
     right: Tensor | None = None
     left: Tensor | None = None
     level: float = 1.0
+    triangles: bool = False
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +58,9 @@ class Problem:
         factor, info = torch.linalg.cholesky_ex(normal)
         if info.any():
             factor = _lifted_cholesky(normal, info)
+        if self.triangles:
+            half = torch.linalg.solve_triangular(factor.mT, self.weights @ metric, upper=True, left=False)
+            return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
         return torch.cholesky_solve((self.weights @ metric).transpose(1, 2), factor).transpose(1, 2)
 
     def loss(self, private: Tensor, bases: Tensor) -> Tensor:
@@ -94,7 +102,8 @@ class Solution:
 def solve(
     problem: Problem, bases: Callable[[list[Tensor]], Tensor], start: list[Tensor], *, solver: str, steps: int,
     rates: list[float], private: Tensor | None = None, tolerance: float = 0.0, weight_decay: float = 0.0,
-    private_rate: float = 0.07,
+    private_rate: float = 0.07, betas: tuple[float, float] = (0.9, 0.999),
+    falling: Callable[[float], float] | None = None,
 ) -> Solution:  # fmt: skip
     """Fits the parameters behind `bases`.
 
@@ -102,7 +111,9 @@ def solve(
         bases: parameters -> (E, r, H).
         start: the parameters' first values.
         solver: `varpro` solves A at every step; `adam` learns it too, at `private_rate`, from `private`.
-        rates: learning rate of each parameter; cosine to 2 % of it over `steps`.
+        rates: learning rate of each parameter.
+        falling: progress from 0 to 1 -> what the rates are multiplied by; None: cosine to 2 %.
+        betas: Adam's.
         tolerance: stop once the best loss fell by less than this fraction over the last tenth of the steps; 0: never.
     """
     parameters = [p.detach().clone().requires_grad_() for p in start]
@@ -111,28 +122,38 @@ def solve(
     if solver == "adam":
         learned = (problem.private(bases(start)) if private is None else private).detach().clone().requires_grad_()
         groups.append({"params": [learned], "lr": private_rate})
-    optimiser = torch.optim.AdamW(groups, weight_decay=weight_decay) if weight_decay else torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 + 0.98 * _cosine(step / max(1, steps)))
+    if weight_decay:
+        optimiser = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)
+    else:
+        optimiser = torch.optim.Adam(groups, betas=betas)
+    falling = falling or (lambda progress: 0.02 + 0.98 * _cosine(progress))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: falling(step / max(1, steps)))
     if steps < 1:
         raise UserError(f"steps must be at least 1, found {steps}.")
-    best, state, curve, window = float("inf"), None, [], max(50, steps // 10)
-    for _ in range(steps + 1):
+    found: list[Tensor] = []  # A at this step
+
+    def gradient() -> float:
         current = bases(parameters)
         with torch.no_grad():
-            a = problem.private(current) if learned is None else None
-        loss = problem.loss(a if learned is None else learned, current)
-        value = loss.item()
-        if value < best:  # every step, not every 200th: the last improvement may be the largest
-            best = value
-            state = ((a if learned is None else learned).detach().clone(), [p.detach().clone() for p in parameters])
-        curve.append(best)
-        if tolerance and len(curve) > window and curve[-window] - best < tolerance * best:
-            break
-        optimiser.zero_grad()
+            found[:] = [problem.private(current) if learned is None else learned]
+        loss = problem.loss(found[0], current)
         loss.backward()
-        optimiser.step()
-        schedule.step()
-    return Solution(state[0], state[1], curve)
+        return loss.item()
+
+    kept = Kept(lambda: {"private": found[0], **{str(i): p for i, p in enumerate(parameters)}})
+    window = max(50, steps // 10)
+
+    def stalled(losses: list[float]) -> bool:
+        """The best loss fell by too little over the last `window` steps."""
+        if not tolerance or len(losses) <= window:
+            return False
+        earlier = min(losses[: len(losses) - window + 1])
+        return earlier - kept.value < tolerance * kept.value
+
+    losses = descend(optimiser, schedule, gradient, kept, steps=steps + 1, stalled=stalled)
+    state = kept.state or {}
+    best = [state[str(i)] for i in range(len(parameters))]
+    return Solution(state["private"], best, list(itertools.accumulate(losses, min)))
 
 
 def _cosine(progress: float) -> float:

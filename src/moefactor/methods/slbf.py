@@ -16,15 +16,16 @@ from torch import Tensor
 
 from ..allocate import Offer
 from ..errors import UserError
-from ..fitting.mixture import Problem, solve
+from ..fitting.mixture import Problem, mixed, solve
 from ..fitting.stack import Stack, stack_error
 from ..forms import BasisMixture
-from ..forms.basis_mixture import ACTIVATIONS, pack_bases
+from ..forms.basis_mixture import pack_bases
 from .base import Fitted, StackOffers, lift
-from .mobe import Solver, metrics
+from .mobe import BETAS, Solver, held, metrics
 
-RATES = {"varpro": 0.03, "adam": 0.1}
-STEPS = {"varpro": 600, "adam": 8_000}
+RATES = {"varpro": 0.2, "adam": 0.1}
+MIX_RATE = 2.0  # times that of U and V
+STEPS = {"varpro": 1000, "adam": 8_000}
 
 
 def offers(stack: Stack, *, bases: int = 0, rank: int = 0, activation: Literal["silu", "tanh"] = "silu") -> StackOffers:
@@ -52,13 +53,16 @@ def offers(stack: Stack, *, bases: int = 0, rank: int = 0, activation: Literal["
 
 def factorise(
     stack: Stack, form: BasisMixture, *, seed: int, solver: Solver = "varpro", steps: int = 0, rate: float = 0.0,
-    tolerance: float = 1e-4, weighted: bool = False,
+    tolerance: float = 0.0, weighted: bool = False,
 ) -> Fitted:  # fmt: skip
-    """`steps` and `rate` of 0 mean the solver's own: 600 at 0.03 for varpro, 8,000 at 0.1 for adam."""
+    """`steps` and `rate` of 0 mean the solver's own: 1,000 at 0.2 for varpro, 8,000 at 0.1 for adam.
+
+    `tolerance`: as of mobe.
+    """
     experts = list(range(form.experts))
     weights = stack.weights.float()
     deviation = weights.std().clamp(min=1e-12)
-    problem = Problem(weights / deviation, form.activation, **metrics(stack, experts, weighted))
+    problem = Problem(weights / deviation, form.activation, triangles=True, **metrics(stack, experts, weighted))
     k, m = form.basis_rank, form.bases
     u, _, vt = torch.linalg.svd(problem.weights[:m], full_matrices=False)
     # The first rows of a basis carry V, scaled into the range where f bends; the rest start small but not dead.
@@ -69,18 +73,19 @@ def factorise(
     logits = torch.eye(form.experts, m).to(weights)
 
     def bases(parameters: list[Tensor]) -> Tensor:
-        mix = parameters[2].softmax(1)
-        wide = torch.einsum("ej,jrk->erjk", mix, parameters[0]).flatten(2)
-        return ACTIVATIONS[form.activation](wide @ parameters[1].flatten(0, 1))
+        # U V first: mixing U and stacking V instead costs k times as much where m is E.
+        return mixed(parameters[2].softmax(1), parameters[0] @ parameters[1], form.activation)
 
     rate = rate or RATES[solver]
-    # The paper's ratio of rates: bases at 0.1 to 0.36 of that of A and α.
-    rates = [rate, rate, rate] if solver == "varpro" else [0.2 * rate, 0.2 * rate, rate]
-    private = u[:, :, : form.rank] if solver == "adam" and m == form.experts else None
+    if solver == "adam":
+        # The paper's ratio of rates: bases at 0.1 to 0.36 of that of A and α.
+        how = {"rates": [0.2 * rate, 0.2 * rate, rate], "private_rate": rate, "weight_decay": 0.02}
+        how["private"] = u[:, :, : form.rank] if m == form.experts else None
+    else:
+        how = {"rates": [rate, rate, MIX_RATE * rate], "betas": BETAS, "falling": held}
     solution = solve(
-        problem, bases, [left, right, logits], solver=solver, steps=steps or STEPS[solver], rates=rates,
-        private=private, private_rate=rate, weight_decay=0.02 if solver == "adam" else 0.0, tolerance=tolerance,
-    )  # fmt: skip
+        problem, bases, [left, right, logits], solver=solver, steps=steps or STEPS[solver], tolerance=tolerance, **how
+    )
     left, right, logits = solution.parameters
     factors = {
         "private": (solution.private * deviation).transpose(1, 2),
