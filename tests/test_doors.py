@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from moefactor.compress import run_stages
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,14 +18,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moefactor
 from models import IDS, load, logits, on_disk
-from moefactor.calibrate import Calibration
 from moefactor.checkpoint import INDEX, WEIGHTS, Checkpoint
 from moefactor.discover import find_experts
 from moefactor.errors import UserError
 from moefactor.experts import ExpertLayer
 from moefactor.healing import trainable
-from moefactor.methods import METHODS
 from moefactor.run_folder import RunFolder
+from moefactor.stages import Recipe, Run
 from moefactor.stats import LayerStats
 from moefactor.streaming import StreamedModel, _observed_forward
 from tiny import COMMON, MLA, QWEN, TINY, build, tokenizer
@@ -374,10 +372,9 @@ def test_every_way_to_the_stages_checks_that_experts_can_be_dropped(
 ) -> None:
     """`compare` reaches them without compress's own look."""
     known("inkling_text")
-    reap, streamed = METHODS["reap"], StreamedModel(str(tiny_model("inkling_text")))
-    text = Calibration([IDS], {"source": "ids"})
+    streamed = StreamedModel(str(tiny_model("inkling_text")))
     with pytest.raises(UserError, match="its experts can't be dropped"):
-        run_stages(streamed, reap, reap.complete({}), 0.5, tmp_path / "o", RunFolder(tmp_path / "r"), text=text)
+        Run(streamed, Recipe.of("reap", {}, ratio=0.5), RunFolder(tmp_path / "r")).all(tmp_path / "o")
     assert not list(tmp_path.iterdir())
 
 

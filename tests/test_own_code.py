@@ -194,7 +194,8 @@ def test_own_architectures_work_where_they_are_trusted(own_model: Path, tmp_path
     trust = {"trust_remote_code": True}
     for method in ("svd", "reap"):
         out = tmp_path / method
-        moefactor.compress(str(own_model), method, 0.5, out, samples=2, seqlen=16, **trust)
+        text = {"samples": 2, "seqlen": 16} if method == "reap" else {}
+        moefactor.compress(str(own_model), method, 0.5, out, **text, **trust)
         loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
         assert type(loaded).__name__ == "MyMoe"
         with pytest.raises(UserError, match=r"my_moe.*--trust-remote-code"):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from moefactor import UserError
 from moefactor.calibrate import Calibration
 from moefactor.generate import generate
-from moefactor.runtime.transformers import load
+from moefactor.loading import load
 from moefactor.streaming import StreamedModel
 from moefactor.text import load_tokenizer, write_windows
 

@@ -371,7 +371,7 @@ def test_ranking_by_the_mean_is_of_a_token_of_the_expert() -> None:
     weights = random_weights()
     stats = random_stats(weights)
     offered = {
-        ranking: METHODS["channels"].offers(weights, stats, seed=0, ranking=ranking).offers
+        ranking: METHODS["channels"].price(weights, stats, None, seed=0, ranking=ranking).offers
         for ranking in ("sum", "mean")
     }
     for expert, (summed, mean) in enumerate(zip(offered["sum"], offered["mean"], strict=True)):
