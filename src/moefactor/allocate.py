@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .errors import UserError, unknown
+from .errors import UserError, required, unknown
 from .experts import ExpertLayer
 from .forms import Form, form_from_json
 from .knapsack import Alternative, Slot, knapsack
@@ -88,7 +88,7 @@ class Offer:
     def slot(self, least: int, block: int) -> Slot:
         """What the rule `loss` chooses from: `least` units and whole blocks more, by what is not gained."""
         units = torch.arange(least, self.maximum + 1, block, dtype=torch.float64)
-        gained = torch.cat((torch.zeros(1, dtype=torch.float64), self.gains.double().cumsum(0)))
+        gained = torch.cat((torch.zeros(1, dtype=torch.float64), required(self.gains, "gains").double().cumsum(0)))
         return Slot(self.unit_cost * units - self.curvature * units * units, float(gained[-1]) - gained[units.long()])
 
     def to_json(self) -> dict:
@@ -311,7 +311,7 @@ def _to_blocks(offers: list[Offer], wanted: list[float], low: list[int], block: 
 def _by_loss(offers: list[Offer], low: list[int], block: list[int], available: int) -> list[int]:
     slots = [offer.slot(least, size) for offer, least, size in zip(offers, low, block, strict=True)]
     # The minima fit, so there is an answer.
-    ((_, chosen),) = knapsack([[Alternative(0.0, slots)]], available)
+    ((_, chosen),) = required(knapsack([[Alternative(0.0, slots)]], available), "a choice that fits")
     return [least + size * index for least, size, index in zip(low, block, chosen, strict=True)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import UserError, unknown
+from .errors import UserError, required, unknown
 from .files import digest_of
 from .identity import CALIBRATION, maths_version
 from .loading import load
@@ -31,6 +31,7 @@ from .text import (
     own_weight,
     sources,
     start_token,
+    vocabulary_of,
     write_windows,
 )
 
@@ -67,9 +68,10 @@ class Calibration:
         """
         length, tokenizer = model_length(model.config, seqlen), load_tokenizer(model.folder, model.trust_remote_code)
         own = own_weight(source) or own
-        parts, counts = [], {}
+        parts: list[Tensor] = []
+        counts: dict[str, int] = {}
         if own < 1:
-            reading = Reading(tokenizer, len(model.model.get_input_embeddings().weight), length, text_column)
+            reading = Reading(tokenizer, vocabulary_of(model.model), length, text_column)
             drawn, counts = draw_windows(reading, source, max(1, round((1 - own) * samples)), seed)
             parts.append(drawn)
         missing = samples - sum(counts.values()) if own else 0
@@ -239,7 +241,8 @@ class _Job:
                 )  # fmt: skip
             if stats is not None:
                 index = self.places[decoder_layer]
-                self.run.write_stats(index, self.run.stats(index, self.model.device).with_gradients(stats))
+                forward = required(self.run.stats(index, self.model.device), "the forward pass's statistics")
+                self.run.write_stats(index, forward.with_gradients(stats))
             if at > first:
                 self.run.write_states(_leaving(at), self.activations.gradients(flowing))
             self._note("backward", number + 1)

@@ -14,13 +14,15 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -38,12 +40,23 @@ from .experts import check_finite
 from .files import sync_folder, write_atomically, write_tensors
 from .fp8 import SCALE, Fp8Source, dequantise
 
+if TYPE_CHECKING:
+    from transformers.utils.loading_report import LoadStateDictInfo
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Copied beside the weights; everything else in a repository is somebody's documentation.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COPY_LIMIT = 1 << 30  # bytes of plain tensors held, and written to one shard, at a time
+
+
+class Slice(Protocol):
+    """A tensor in a file, of which only what is indexed is read."""
+
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+    def __getitem__(self, index: slice | EllipsisType) -> Tensor: ...
 
 
 def resolve(name: str) -> Path:
@@ -131,7 +144,7 @@ class Checkpoint:
             raise UserError(f"{path}: damaged or truncated ({error}). Download it again.") from None
 
     @contextmanager
-    def slices(self, names: list[str]) -> Iterator[dict[str, object]]:
+    def slices(self, names: list[str]) -> Iterator[dict[str, Slice]]:
         """Lazy slices of the named tensors, their files open while the context is."""
         handles, slices = {}, {}
         for name in names:
@@ -157,6 +170,13 @@ class Checkpoint:
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in set(self.files.values()))
+
+
+def dtype_of(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """Of a model's weights: what config.json names, or else the tensors' own."""
+    named = config.dtype or checkpoint.dtype
+    assert isinstance(named, torch.dtype)  # transformers has read the name
+    return named
 
 
 class ModelReader:
@@ -194,7 +214,7 @@ class ModelReader:
             if target not in state and name in state:
                 target, pattern = rename_source_key(name, [], [], prefix, state)
             if target in state:
-                every = patterns.get(pattern, [])
+                every = patterns.get(pattern, []) if pattern is not None else []
                 split = [target.replace(every[0], other, 1) for other in every[1:]]
                 targets[name] = (target, *(other for other in split if other in state and other != target))
         return targets
@@ -217,8 +237,8 @@ class ModelReader:
         """As from_pretrained does: what config.json ties but the checkpoint has twice, and different, is not tied."""
         on_disk = {target: name for name, targets in self.targets.items() for target in targets}
         for target, source in list(self.model.all_tied_weights_keys.items()):
-            names = [on_disk.get(target), on_disk.get(source)]
-            if None not in names and not self.checkpoint.equal(*names):
+            first, second = on_disk.get(target), on_disk.get(source)
+            if first is not None and second is not None and not self.checkpoint.equal(first, second):
                 del self.model.all_tied_weights_keys[target]
 
     def check_complete(self) -> None:
@@ -255,22 +275,22 @@ class ModelReader:
 
     def _fill(self, names: dict[str, str], prefix: str, device: torch.device, inside: Callable[[str], bool]) -> None:
         with self.checkpoint.slices(list(names)) as slices, quiet():
-            slices = {names[name]: view for name, view in slices.items()}
+            views = {names[name]: view for name, view in slices.items()}
             config = LoadStateDictConfig(
-                device_map={"": device}, dtype=self.dtype, weight_mapping=self.conversions,
-                hf_quantizer=self.source,
+                device_map={"": device}, dtype=self.dtype, hf_quantizer=self.source,
+                weight_mapping=self.conversions,  # type: ignore[arg-type]  # transformers passes on the same list
             )  # fmt: skip
-            report, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+            report, _ = convert_and_load_state_dict_in_model(self.model, views, config)
         if self.source is not None:
             # transformers leaves the unquantised tensors of a quantised checkpoint in the dtype they have on disk.
             for parameter in self.model.get_submodule(prefix).parameters():
                 if parameter.device.type != "meta" and parameter.is_floating_point():
                     parameter.data = parameter.data.to(self.dtype)
-        self.model._weight_conversions = None  # or a later save would revert only what this part used
+        vars(self.model)["_weight_conversions"] = None  # or a later save would revert only what this part used
         self._check(report, prefix, inside)
         self.on_read(list(names))
 
-    def _check(self, report: object, prefix: str, inside: object) -> None:
+    def _check(self, report: LoadStateDictInfo, prefix: str, inside: Callable[[str], bool]) -> None:
         for name, why in report.conversion_errors.items():
             reason = [line for line in why.splitlines() if line.strip()][-1]
             raise UserError(f"{name}: could not be put together from the checkpoint: {reason}")
@@ -305,11 +325,11 @@ class ModelReader:
         conversions = get_model_conversion_mapping(self.model, add_legacy=False)
         # Where nothing was renamed on reading, nothing must be on writing; the others tell by the names themselves.
         kept = [c for c in conversions if type(c).__name__ != "PrefixChange" or repr(c) in used]
-        self.model._weight_conversions = kept
+        vars(self.model)["_weight_conversions"] = kept
         try:
             found = revert_weight_conversion(self.model, tensors)
         finally:
-            self.model._weight_conversions = None
+            vars(self.model)["_weight_conversions"] = None
         return {k: v.contiguous() for k, v in found.items()}
 
 
@@ -387,7 +407,8 @@ class CheckpointWriter:
         """
         if source is not None:
             names = [name for name in names if not name.endswith(SCALE)]
-        batch, size = [], 0
+        batch: list[str] = []
+        size = 0
         for name in names:
             with checkpoint.slices([name]) as slices:
                 view = slices[name]
@@ -408,9 +429,10 @@ class CheckpointWriter:
         scales = [name + SCALE for name in names if source is not None and name + SCALE in checkpoint.files]
         with checkpoint.slices(names + scales) as slices:
             tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
-        for name in scales:
-            weight = name.removesuffix(SCALE)
-            tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
+        if source is not None:
+            for name in scales:
+                weight = name.removesuffix(SCALE)
+                tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
         tensors = {name: change(name, tensor) for name, tensor in tensors.items()}
         numbers = {n: t for n, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize > 1}
         check_finite(checkpoint.folder.name, {n: t for n, t in numbers.items() if checked is None or n in checked})
@@ -428,9 +450,9 @@ class CheckpointWriter:
 
     def _finish(self) -> None:
         total, count = sum(size for *_, size in self._shards), len(self._shards)
-        weight_map = {}
-        for index, (file, names, _) in enumerate(self._shards, 1):
-            final = f"model-{index:05d}-of-{count:05d}.safetensors"
+        weight_map: dict[str, str] = {}
+        for number, (file, names, _) in enumerate(self._shards, 1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
             (self.folder / file).rename(self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .evaluation import evaluate
@@ -29,7 +30,7 @@ class Contender:
 
 
 def compare(
-    model: str, contenders: list[Contender], ratios: list[float], output: str | Path, *, texts: list[str | None],
+    model: str, contenders: list[Contender], ratios: list[float], output: str | Path, *, texts: Sequence[str | None],
     calibration: str | None = None, own_text: float | None = None, samples: int = 256, seqlen: int | None = None,
     seed: int = 0, window: int | None = None, max_windows: int | None = None, device: str | None = None,
     dtype: str = "auto", keep: bool = False, text_column: str | None = None, trust_remote_code: bool = False,
@@ -103,7 +104,7 @@ class _Runs:
         text_column: str | None, seqlen: int | None, progress: Progress,
     ):  # fmt: skip
         self.model, self.output, self.progress = model, output, progress
-        self.text = {
+        self.text: dict[str, Any] = {
             "calibration": calibration, "own_text": own_text, "text_column": text_column, "seqlen": seqlen,
         }  # fmt: skip
         self.shared: dict[float, Run] = {}  # share of own text -> a run whose text and statistics serve all
@@ -125,7 +126,8 @@ class _Runs:
             if not (folder / "compression.json").is_file():
                 raise UserError(f"{folder}: exists already, and is not a model that moefactor made. Remove it.")
             shutil.rmtree(folder)
-        stages = RunFolder(folder.with_name(folder.name + ".run"), calibrated=shared and shared.folder)
+        calibrated = None if shared is None else shared.folder
+        stages = RunFolder(folder.with_name(folder.name + ".run"), calibrated=calibrated)
         run = Run(self.model, replace(recipe, ratio=ratio), stages, self.progress)
         if shared is not None:
             vars(run)["text"] = shared.text  # read once

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer
 
-from .errors import UserError
+from .errors import UserError, required
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
 
-def has_post_expert_norm(module: nn.Module) -> bool:
+def has_post_expert_norm(module: object) -> bool:
     """Whether the experts norm each expert's output. Until 5.20, which has the first such models, none does;
     FactorisedExperts says so itself."""
     return getattr(module, "has_post_expert_norm", False)
@@ -41,7 +41,7 @@ def show_parallel_plans(quantizer: HfQuantizer, model: PreTrainedModel) -> None:
     """Until 5.21 transformers does not call update_parallel_plan. The plans are the model's at that point too."""
     if not hasattr(HfQuantizer, "update_parallel_plan"):
         for plan in (model._tp_plan, model._ep_plan):
-            quantizer.update_parallel_plan(model, plan)
+            quantizer.update_parallel_plan(model, required(plan, "a parallel plan"))
 
 
 def check_shapes(module: nn.Module, prefix: str, expected: dict[str, torch.Size]) -> None:

@@ -7,13 +7,14 @@ transformers 5 stores the experts of nearly every MoE in one fused layout and ma
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     CONFIG_MAPPING,
@@ -27,6 +28,9 @@ from transformers import (
 from . import models  # noqa: F401 (registers what transformers lacks)
 from .errors import UserError
 from .experts import ExpertLayer
+
+if TYPE_CHECKING:
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 # A causal model is looked for first; wrappers (vision, audio) have a class of their own.
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -97,11 +101,11 @@ def read_fields(folder: Path) -> dict:
     return PretrainedConfig.get_config_dict(folder)[0]
 
 
-def auto_class(config: PretrainedConfig) -> type:
+def auto_class(config: PretrainedConfig) -> type[_BaseAutoModelClass]:
     """The Auto class that loads this folder whole: the one whose model config.json names (`architectures`), or the
     first that knows the config. A wrapper's text model alone would leave its towers behind."""
     found = dict(_model_classes(config))
-    named = (config.architectures or [None])[0]
+    named = config.architectures[0] if config.architectures else None
     chosen = next((auto for auto, model in found.items() if model == named), next(iter(found), AUTO_CLASSES[0]))
     return getattr(transformers, chosen)
 
@@ -143,38 +147,53 @@ def parameters_on_meta() -> Iterator[None]:
         empty.__dict__.update(vars(parameter))  # transformers' marks
         return empty
 
-    hook = register_module_parameter_registration_hook(emptied)
+    # torch registers what the hook returns, which its annotation leaves out.
+    hook = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
     try:
         yield
     finally:
         hook.remove()
 
 
-def is_fused_experts(module: nn.Module) -> bool:
+class FusedExperts(Protocol):
+    """What every experts module of transformers has; the decorator puts the flags there."""
+
+    down_proj: nn.Parameter
+    is_concatenated: bool
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool
+    act_fn: Callable[[Tensor], Tensor]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+
+def is_fused_experts(module: nn.Module) -> TypeGuard[FusedExperts]:
     down = getattr(module, "down_proj", None)
     return hasattr(module, "is_concatenated") and isinstance(down, nn.Parameter) and down.ndim == 3
 
 
 def describe(
-    name: str, module: nn.Module, decoder_layer: str, block: nn.Module, config: PretrainedConfig
+    name: str, module: FusedExperts, decoder_layer: str, block: nn.Module, config: PretrainedConfig
 ) -> ExpertLayer:
     experts, rows, columns = module.down_proj.shape
     hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
+    router_groups, fewest = _router_limits(block, config.get_text_config())
     return ExpertLayer(
         name, decoder_layer, experts=experts, intermediate=intermediate, hidden=hidden, gated=module.has_gate,
         concatenated=module.is_concatenated, transposed=module.is_transposed, biased=module.has_bias,
-        **_router_limits(block, config.get_text_config()),
+        router_groups=router_groups, fewest_experts=fewest,
     )  # fmt: skip
 
 
-def _router_limits(block: nn.Module, text: PretrainedConfig) -> dict[str, int]:
-    """What group-limited top-k routing asks of the experts that are left."""
+def _router_limits(block: nn.Module, text: PretrainedConfig) -> tuple[int, int]:
+    """What group-limited top-k routing asks of the experts that are left: its groups, and how many in all."""
     chosen_of = [getattr(text, n, None) for n in TOP_K] + [getattr(m, "top_k", None) for m in block.modules()]
     top_k = max((n for value in chosen_of for n in _numbers(value)), default=1)
     groups, chosen = getattr(text, "n_group", None) or 1, getattr(text, "topk_group", None) or 1
     # DeepSeek-V3 ranks groups by the sum of their two best experts.
     per_group = max(-(-top_k // chosen), 2 if groups > 1 else 1)
-    return {"router_groups": groups, "fewest_experts": per_group * groups}
+    return groups, per_group * groups
 
 
 def _numbers(value: object) -> list[int]:
@@ -182,7 +201,7 @@ def _numbers(value: object) -> list[int]:
     return [n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int)]
 
 
-def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:
+def find_experts(model: PreTrainedModel, name: str) -> list[ExpertLayer]:
     """Every fused experts module of the model, in order. UserError that says why when there is none."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = []
@@ -202,7 +221,7 @@ def find_experts(model: nn.Module, name: str) -> list[ExpertLayer]:
     return found
 
 
-def _why_none(model: nn.Module, name: str) -> str:
+def _why_none(model: PreTrainedModel, name: str) -> str:
     kind = model.config.model_type
     own = sorted({type(m).__name__ for m in model.modules() if "Expert" in type(m).__name__})
     if kind in SPECIAL or own:
@@ -216,4 +235,6 @@ def _why_none(model: nn.Module, name: str) -> str:
 def decoder_layers(model: nn.Module, experts: list[ExpertLayer]) -> list[str]:
     """Paths of all decoder layers, dense ones too, in order."""
     owner = experts[0].decoder_layer.rpartition(".")[0]
-    return [f"{owner}.{index}" for index in range(len(model.get_submodule(owner)))]
+    layers = model.get_submodule(owner)
+    assert isinstance(layers, nn.ModuleList)  # as find_experts saw
+    return [f"{owner}.{index}" for index in range(len(layers))]

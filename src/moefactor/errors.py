@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -17,6 +20,13 @@ def unknown(kind: str, name: str, available: Iterable[str]) -> UserError:
     close = get_close_matches(name, available, n=1, cutoff=0.5)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return UserError(f"Unknown {kind} {name!r}.{guess} Available: {', '.join(available) or 'none'}.")
+
+
+def required(value: T | None, what: str) -> T:
+    """The value of an Optional that has one by now; LookupError, a bug of ours, where it has none."""
+    if value is None:
+        raise LookupError(f"{what} is missing")
+    return value
 
 
 class NotFinite(UserError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from .loading import load
 from .progress import Progress, Steps, silent
 from .runtime.module import FactorisedExperts
 from .streaming import checked_device
-from .text import BUILT_IN, Reading, load_tokenizer, model_length, windows
+from .text import BUILT_IN, Reading, load_tokenizer, model_length, vocabulary_of, windows
 
 STAGE = "evaluate"
 
@@ -53,7 +54,7 @@ class Evaluation:
 
 
 def evaluate(
-    name: str, texts: list[str | None], *, window: int | None = None, max_windows: int | None = None,
+    name: str, texts: Sequence[str | None], *, window: int | None = None, max_windows: int | None = None,
     batch_size: int = 8, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto",
     text_column: str | None = None, trust_remote_code: bool = False, progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
@@ -73,7 +74,7 @@ def evaluate(
     disk_bytes = Checkpoint(folder).bytes()
     model = load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     length = model_length(model.config, window)
-    reading = Reading(tokenizer, len(model.get_input_embeddings().weight), length, text_column)
+    reading = Reading(tokenizer, vocabulary_of(model), length, text_column)
     batches = {}
     for text in texts:
         label = text or BUILT_IN

@@ -7,12 +7,14 @@ tensor (experts, width, H) whose rows are intermediate units. gate and up are st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, required
+from .forms import Form
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -120,7 +122,7 @@ class ExpertWeights:
         if layer.transposed:
             first, down = first.transpose(1, 2), down.transpose(1, 2)
         gate, up = _split_gate(layer, first)
-        biases = {}
+        biases: dict[str, Tensor | None] = {}
         if layer.biased:
             biases["gate_bias"], biases["up_bias"] = _split_gate(layer, tensors[layer.first_name + "_bias"])
             biases["down_bias"] = tensors["down_proj_bias"]
@@ -134,14 +136,15 @@ class ExpertWeights:
             first, down = first.transpose(1, 2), down.transpose(1, 2)
         tensors = {layer.first_name: first.contiguous(), "down_proj": down.contiguous()}
         if layer.biased:
-            tensors[layer.first_name + "_bias"] = _join_gate(layer, self.gate_bias, self.up_bias)
-            tensors["down_proj_bias"] = self.down_bias
+            up_bias = required(self.up_bias, "up_bias")
+            tensors[layer.first_name + "_bias"] = _join_gate(layer, self.gate_bias, up_bias)
+            tensors["down_proj_bias"] = required(self.down_bias, "down_bias")
         return tensors
 
     def stack(self, name: str) -> Tensor:
         """(E, width, H) of `gate_up`, `gate`, `up` or `down`, seen from the hidden side."""
         if name == "gate_up":
-            return torch.cat((self.gate, self.up), dim=1)
+            return torch.cat((required(self.gate, "gate"), self.up), dim=1)
         if name == "down":
             return self.down.transpose(1, 2)
         return getattr(self, name)
@@ -150,8 +153,9 @@ class ExpertWeights:
         """What the compressed layer keeps as it is: `first_bias` (E, 2I or I) and `down_bias` (E, H)."""
         if not self.layer.biased:
             return {}
-        first = self.up_bias if self.gate_bias is None else torch.cat((self.gate_bias, self.up_bias), dim=1)
-        return {"first_bias": first, "down_bias": self.down_bias}
+        up_bias = required(self.up_bias, "up_bias")
+        first = up_bias if self.gate_bias is None else torch.cat((self.gate_bias, up_bias), dim=1)
+        return {"first_bias": first, "down_bias": required(self.down_bias, "down_bias")}
 
 
 def _split_gate(layer: ExpertLayer, first: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -185,7 +189,7 @@ class CompressedExperts:
     """
 
     layer: ExpertLayer
-    forms: dict[str, object]
+    forms: Mapping[str, Form]
     tensors: dict[str, Tensor]
     errors: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
@@ -205,12 +209,13 @@ class CompressedExperts:
 
     def dense(self) -> ExpertWeights:
         """The experts that the factors stand for, as an ordinary layer again."""
+        gate: Tensor | None = None
         if "gate_up" in self.forms:
             gate, up = self.stack("gate_up").chunk(2, dim=1)
         else:
             gate, up = self.stack("gate") if "gate" in self.forms else None, self.stack("up")
         gate_bias, up_bias = None, self.tensors.get("first_bias")
-        if self.layer.biased and gate is not None:
+        if up_bias is not None and gate is not None:
             gate_bias, up_bias = up_bias.chunk(2, dim=1)
         return ExpertWeights(
             self.layer, gate=gate, up=up, down=self.stack("down").transpose(1, 2),

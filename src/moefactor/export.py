@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, refuse_existing, resolve
+from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, dtype_of, refuse_existing, resolve
 from .discover import build_skeleton, find_experts, read_config
 from .errors import UserError
 from .experts import CompressedExperts
@@ -35,7 +35,7 @@ def export_dense(
     del config.quantization_config
     config.experts_implementation = None
     checkpoint = Checkpoint(folder)
-    skeleton = build_skeleton(config, name, config.dtype or checkpoint.dtype, trust_remote_code)
+    skeleton = build_skeleton(config, name, dtype_of(config, checkpoint), trust_remote_code)
     plans = layer_plans(quantisation, find_experts(skeleton, name))
     if any(plan.intercept for plan in plans):
         raise UserError(f"{name}: adds constants to experts' outputs (--intercept), which a dense MoE can't hold.")

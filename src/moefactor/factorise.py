@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .calibrate import Calibration
-from .errors import NotFinite, UserError, located
+from .errors import NotFinite, UserError, located, required
 from .experts import CompressedExperts, ExpertWeights
 from .files import digest_of
 from .fitting.refine import LayerTokens
@@ -41,7 +41,8 @@ def factorise(
     needs = method.factorise_needs(plan.options)
     if needs and sequential and calibration is None:
         raise UserError("Sequential factorising needs the calibration text; give it, or use --no-sequential.")
-    live = bool(needs) and sequential
+    text = calibration if needs and sequential else None
+    live = text is not None
     with run.opened(model):
         calibrated = run.calibration() or {"statistics": []}
         stored = needs & GRADIENTS if live else needs - {"routing"}
@@ -52,13 +53,13 @@ def factorise(
             )
         about = {
             "plan": plan.digest(), "method": plan.method, "sequential": live,
-            "calibration": calibration.description if live else None, "statistics": calibrated if stored else None,
+            "calibration": None if text is None else text.description, "statistics": calibrated if stored else None,
             "source": digest_of(run.source.structure)[:32], "dtype": str(model.dtype),
             "stored_dtype": str(model.stored_dtype), "maths": maths_version(*FACTORS),
         }  # fmt: skip
         job = _Job(model, plan, method, run, about, {} if seen is None else seen)
         if len(job.done) < len(plan.layers):
-            job.run_through(calibration, needs, progress) if live else job.each_alone(needs, progress)
+            job.each_alone(needs, progress) if text is None else job.run_through(text, needs, progress)
     return job.done
 
 
@@ -107,10 +108,12 @@ class _Job:
     def observe_and_finish(self, index: int, activations: Activations, needs: set[str], steps: Steps) -> str:
         layer = self.plan.layers[index].layer
         gradients = needs & GRADIENTS
-        stats = observe(self.model, layer.decoder_layer, activations, needs - gradients, keep=False, tick=steps.tick)
+        found = observe(self.model, layer.decoder_layer, activations, needs - gradients, keep=False, tick=steps.tick)
+        stats = required(found, "what the layer's experts saw")
         self.seen[layer.decoder_layer] = stats.count
-        if gradients:  # the dense model's, from calibration
-            stats = stats.with_gradients(self.run.stats(index, self.model.device))
+        if gradients:
+            dense = self.run.stats(index, self.model.device)
+            stats = stats.with_gradients(required(dense, "what calibration saw of the dense model"))
         module = self.model.model.get_submodule(layer.name)
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
         look = None
@@ -130,9 +133,10 @@ class _Job:
             options = accepted(self.method.factorise, self.plan.options)
             compressed = self.method.factorise(weights, stats, layer_plan, seed=seed, **options)
             check_factors(compressed)
-            if look is not None:
-                options = accepted(self.method.refit, self.plan.options)
-                compressed = self.method.refit(weights, stats, compressed, look(), layer_plan, seed=seed, **options)
+            refit = self.method.refit
+            if refit is not None and look is not None:
+                options = accepted(refit, self.plan.options)
+                compressed = refit(weights, stats, compressed, look(), layer_plan, seed=seed, **options)
                 check_factors(compressed)
         sha256 = self.run.write_layer(index, named(name, compressed.tensors, self.model.stored_dtype))
         seconds = round(time.perf_counter() - started, 3)

@@ -202,6 +202,7 @@ def _canonical(config: PretrainedConfig, path: Path) -> Path:
 
 
 def _at(data: dict, path: Path) -> object:
+    found: object = data
     for key in path:
-        data = data.get(key) if isinstance(data, dict) else None
-    return data
+        found = found.get(key) if isinstance(found, dict) else None
+    return found

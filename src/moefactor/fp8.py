@@ -42,7 +42,8 @@ class Fp8Source(FineGrainedFP8HfQuantizer):
 
     @property
     def block(self) -> tuple[int, int]:
-        return tuple(self.quantization_config.weight_block_size)
+        rows, columns = self.quantization_config.weight_block_size
+        return rows, columns
 
     def update_weight_conversions(self, *conversions: object) -> list:
         return replace_operation(super().update_weight_conversions(*conversions), Fp8Dequantize, DeclaredBlocks(self))

@@ -9,7 +9,15 @@ from .checkpoint import resolve
 from .errors import UserError
 from .loading import load
 from .streaming import checked_device
-from .text import check_vocabulary, continue_text, generation_settings, load_tokenizer, start_token
+from .text import (
+    Tokenizer,
+    check_vocabulary,
+    continue_text,
+    generation_settings,
+    load_tokenizer,
+    start_token,
+    vocabulary_of,
+)
 
 
 def generate(
@@ -24,12 +32,14 @@ def generate(
     tokenizer = load_tokenizer(folder, trust_remote_code)
     ids = _prompt_ids(tokenizer, prompt)
     model = load(name, device=checked_device(device), trust_remote_code=trust_remote_code)
-    check_vocabulary(ids, tokenizer, len(model.get_input_embeddings().weight))
+    check_vocabulary(ids, tokenizer, vocabulary_of(model))
     out = continue_text(model, tokenizer, ids.unsqueeze(0).to(model.device), tokens, generation_settings(folder))
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    text = tokenizer.decode(out[0], skip_special_tokens=True)
+    assert isinstance(text, str)  # one row of tokens
+    return text
 
 
-def _prompt_ids(tokenizer: object, prompt: str) -> Tensor:
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
     """(tokens,) at least one."""
     try:
         prompt.encode()

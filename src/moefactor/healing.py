@@ -29,11 +29,20 @@ from .fields import routers
 from .files import file_digest, locked, replacing
 from .fitting.descent import Kept, descend
 from .fitting.soap import Soap, falling
-from .loading import load
+from .loading import Model, load
 from .progress import Progress, Steps, silent
 from .runtime.module import FactorisedExperts
 from .streaming import checked_device, compute_dtype
-from .text import Reading, all_windows, kept_windows, load_tokenizer, model_length, own_weight, write_windows
+from .text import (
+    Reading,
+    all_windows,
+    kept_windows,
+    load_tokenizer,
+    model_length,
+    own_weight,
+    vocabulary_of,
+    write_windows,
+)
 
 STAGE = "heal"
 OWN_TEXT = "heal-text.safetensors"
@@ -128,15 +137,15 @@ def _heal(
             "method that leaves some."
         )
     dense = load(teacher, device=device, dtype="auto", trust_remote_code=trust_remote_code)
-    dense = dense.to(compute_dtype(dense.dtype, device)).requires_grad_(False)
+    # Of `to` transformers' wrapper hides the annotations.
+    dense = dense.to(compute_dtype(dense.dtype, device)).requires_grad_(False)  # type: ignore[arg-type]
     if dense.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise UserError(f"{teacher}: has another vocabulary than {student}; give the model it was made from.")
     length = model_length(model.config, seqlen)
     # Of text of its own, at most half of what will be read, and never too little to hold some out.
     share = min(0.5, own_weight(text))
     own = min(OWN_WINDOWS, max(HELD_OUT, int(steps * max(1, BATCH // length) * share))) if share else 0
-    rows = len(model.get_input_embeddings().weight)
-    reading = Reading(load_tokenizer(folder, trust_remote_code), rows, length, text_column)
+    reading = Reading(load_tokenizer(folder, trust_remote_code), vocabulary_of(model), length, text_column)
     every = _windows(dense, reading, text, own, seed, place / OWN_TEXT, progress)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     aside = min(HELD_OUT, len(every) // 10)
@@ -154,12 +163,12 @@ def _heal(
     given = hashlib.sha256(every.numpy().tobytes()).hexdigest()
     about = [*map(file_digest, files), steps, rate, labels, train, seed, length, given]
     healing = job.go(held, hashlib.sha256(repr(about).encode()).hexdigest(), progress)
-    _write(folder, model, job.kept.state, output, healing)
+    _write(folder, model, job.kept.best, output, healing)
     job.forget()
     return healing
 
 
-def trainable(model: nn.Module, ids: Tensor) -> list[str]:
+def trainable(model: Model, ids: Tensor) -> list[str]:
     """Names of the parameters that healing trains: factors, routers, and the norms whose output the routers read."""
     found: dict[int, None] = {}
     norms: dict[int, tuple[Tensor, nn.Module]] = {}
@@ -197,7 +206,7 @@ class _Healing:
     """The training loop and its state on disk."""
 
     def __init__(
-        self, model: nn.Module, dense: nn.Module, rates: dict[str, float], seen: Tensor, steps: int, labels: float,
+        self, model: Model, dense: Model, rates: dict[str, float], seen: Tensor, steps: int, labels: float,
         seed: int, run: Path,
     ):  # fmt: skip
         self.model, self.dense, self.seen, self.steps, self.seed = model, dense, seen, steps, seed
@@ -305,7 +314,7 @@ class _Healing:
         return loss + labels * nn.functional.pad(surprise, (0, 1))
 
     @staticmethod
-    def _outputs(model: nn.Module, ids: Tensor, hidden: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def _outputs(model: Model, ids: Tensor, hidden: bool = False) -> tuple[Tensor, list[Tensor]]:
         """(n, L, V) log-probabilities and the (n, L, H) outputs of the layers, where the model tells them."""
         out = model(input_ids=ids.to(model.device), use_cache=False, output_hidden_states=hidden)
         states = (out.hidden_states or ()) if hidden else ()
@@ -331,7 +340,7 @@ class _Healing:
     def _slow_down(self) -> None:
         """Much worse than unhealed: back to the best state, at a third of the rate."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.kept.state[name])
+            parameter.copy_(self.kept.best[name])
         self.optimiser.state.clear()
         self.schedule.base_lrs = [rate / 3 for rate in self.schedule.base_lrs]
         for group in self.optimiser.param_groups:
@@ -370,7 +379,7 @@ class _Healing:
 
 
 def _windows(
-    dense: nn.Module, reading: Reading, text: str | None, count: int, seed: int, kept: Path, progress: Progress
+    dense: Model, reading: Reading, text: str | None, count: int, seed: int, kept: Path, progress: Progress
 ) -> Tensor:
     """All of a text, and `count` windows of the dense model's own."""
     parts, length = [], reading.length
@@ -392,7 +401,7 @@ def _run_of(output: Path, run: str | Path | None) -> Path:
     return Path(run).expanduser() if run else output.with_name(output.name + ".heal")
 
 
-def _write(folder: Path, model: nn.Module, best: dict[str, Tensor], output: Path, healing: Healing) -> None:
+def _write(folder: Path, model: Model, best: dict[str, Tensor], output: Path, healing: Healing) -> None:
     """The compressed folder again, with what was trained in place of what was there."""
     checkpoint = Checkpoint(folder)
     reader = ModelReader(checkpoint, model)

@@ -101,7 +101,7 @@ class SourceRecord:
             def digest(name: str) -> str:
                 view = slices[name]
                 tensor = (view[:] if view.get_shape() else view[...]).contiguous()
-                return hashlib.sha256(tensor.flatten().view(uint8).numpy()).hexdigest()[:32]
+                return hashlib.sha256(tensor.flatten().view(uint8).numpy().data).hexdigest()[:32]
 
             return dict(zip(names, pool.map(digest, names), strict=True))
 

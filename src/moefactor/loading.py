@@ -9,10 +9,12 @@ from transformers.utils import is_accelerate_available
 from .checkpoint import quiet, resolve
 from .discover import auto_class, own_model, read_config, running_own_code
 
+Model = PreTrainedModel  # what verbs, which do not import transformers, call it
+
 
 def load(
     name: str, *, device: torch.device | str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
-) -> PreTrainedModel:
+) -> Model:
     """In eval mode; `dtype="auto"` is the checkpoint's own. The model's own code runs only where transformers lacks the
     architecture and it is trusted; nothing is asked. Its generation_config stays behind: text/own.py reads what is
     wanted of it, and for a setting that it finds odd transformers loads no model at all."""

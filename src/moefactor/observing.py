@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .errors import located
+from .errors import located, required
 from .experts import ExpertLayer, ExpertWeights
 from .fitting.refine import LayerTokens
 from .plan import LayerPlan
@@ -34,11 +34,11 @@ def observe(
         return None
     stats = LayerStats.zeros(layer, needs, model.device)
     module = model.model.get_submodule(layer.name)
-    module.observer = stats.add
+    vars(module)["observer"] = stats.add
     try:
         model.run(decoder_layer, activations, keep=keep, tick=tick)
     finally:
-        del module.observer
+        del vars(module)["observer"]
     stats.check_finite(layer.name)
     return stats
 
@@ -56,7 +56,7 @@ def observe_gradients(
     stats = LayerStats.zeros(layer, needs, model.device)
     module = model.model.get_submodule(layer.name)
     if needs & {"output_gradient", "first_gradient"}:
-        module.gradient_observer = stats
+        vars(module)["gradient_observer"] = stats
     if "fisher" in needs:
         module.requires_grad_(True)
 
@@ -75,10 +75,10 @@ def observe_gradients(
 
 def _add_fisher(layer: ExpertLayer, module: nn.Module, stats: LayerStats) -> None:
     """Adds the square of the gradients that one sequence left on the experts' weights, and clears them."""
-    gradients = {name: p.grad for name, p in module.named_parameters(recurse=False)}
+    gradients = {name: required(p.grad, f"{name}'s gradient") for name, p in module.named_parameters(recurse=False)}
     canonical = ExpertWeights.from_model_layout(layer, gradients)
     parts = [canonical.stack(name) for name in layer.projections]
-    stats.fisher += torch.cat(parts, dim=1).float().square()
+    stats.required("fisher").add_(torch.cat(parts, dim=1).float().square())
     module.zero_grad()
 
 
@@ -95,11 +95,11 @@ def layer_tokens(
     def note(*parts: Tensor) -> None:
         calls.append(tuple(part[::step].clone() for part in parts))
 
-    module.witness = note
+    vars(module)["witness"] = note
     try:
         model.run(layer.decoder_layer, activations, keep=False)
     finally:
-        del module.witness
+        del vars(module)["witness"]
     experts = FactorisedExperts.replacing(module, layer_plan)
 
     def expert(number: int, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class LayerPlan:
     """
 
     layer: ExpertLayer
-    forms: dict[str, Form]
+    forms: Mapping[str, Form]
     kept: tuple[int, ...] | None = None
     intercept: tuple[int, ...] = ()
 
@@ -49,7 +50,7 @@ class LayerPlan:
         ordinary = [form.ordinary_widths() for form in self.forms.values()]
         if self.intercept or None in ordinary:
             return None
-        widths = frozenset[int]().union(*ordinary)
+        widths = frozenset(width for found in ordinary if found is not None for width in found)
         if len(widths) > 1 or 0 in widths or (self.layer.fixed_width and widths - {self.layer.intermediate}):
             return None
         if self.kept is not None and self.layer.fixed_count:

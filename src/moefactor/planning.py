@@ -60,7 +60,7 @@ def make_plan(
             steps.tick()
         planned = method.plan(priced, budget)
     expected = None
-    if planned.loss is not None and needs:
+    if planned.loss is not None and needs and calibration is not None:
         expected = planned.loss / (calibration["samples"] * calibration["seqlen"])
     return Plan(model.name, method.name, ratio, seed, tuple(planned.layers), options, expected)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, required
 from .experts import ExpertWeights
 from .fields import walk
 from .methods.reap import best_in_groups
@@ -54,7 +54,9 @@ class Prediction:
     def of(cls, model: StreamedModel) -> Prediction:
         unplaced = [name for name in model.reader.checkpoint.files if name not in model.reader.targets]
         names = frozenset(name for name in unplaced if NAMED.search(name) or _is_behind_the_last(model, name))
-        tails, found, unread = _tails(model), {}, None
+        tails = _tails(model)
+        found: dict[str, Block] = {}
+        unread: str | None = None
         for name in sorted(names):
             parts = name.split(".")
             split = next((i for i in range(1, len(parts)) if ".".join(parts[i:]) in tails), None)
@@ -88,7 +90,7 @@ class Prediction:
         model.reader.load_as(experts, layer.name, model.device)
         module = model.model.get_submodule(layer.name)
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
-        count, width = entry.standard()
+        count, width = required(entry.standard(), "the shape of an ordinary MoE")
         kept = best_in_groups(
             weights.up.flatten(1).norm(dim=1) * weights.down.flatten(1).norm(dim=1), layer.router_groups,
             count // layer.router_groups,
@@ -114,17 +116,17 @@ def _narrowed(weights: ExpertWeights, kept: Tensor, width: int) -> ExpertWeights
     channels = score[kept].topk(width, dim=1).indices.sort(dim=1).values  # (E', width)
     rows = channels.unsqueeze(2).expand(-1, -1, weights.layer.hidden)
 
-    def pick(tensor: Tensor | None, index: Tensor, dim: int) -> Tensor | None:
-        return None if tensor is None else tensor[kept].gather(dim, index)
+    def pick(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+        return tensor[kept].gather(dim, index)
 
     return replace(
         weights,
         layer=replace(weights.layer, experts=len(kept), intermediate=width),
         up=pick(weights.up, rows, 1),
-        gate=pick(weights.gate, rows, 1),
+        gate=None if weights.gate is None else pick(weights.gate, rows, 1),
         down=pick(weights.down, rows.transpose(1, 2), 2),
-        gate_bias=pick(weights.gate_bias, channels, 1),
-        up_bias=pick(weights.up_bias, channels, 1),
+        gate_bias=None if weights.gate_bias is None else pick(weights.gate_bias, channels, 1),
+        up_bias=None if weights.up_bias is None else pick(weights.up_bias, channels, 1),
         down_bias=None if weights.down_bias is None else weights.down_bias[kept],
     )
 
@@ -163,7 +165,7 @@ def _is_behind_the_last(model: StreamedModel, name: str) -> bool:
 
 def _promised(model: StreamedModel) -> list[tuple[str, ...]]:
     """Paths in config.json, or among its class's defaults, whose number (or yes) promises such layers."""
-    paths = {}
+    paths: dict[tuple[str, ...], None] = {}
     for source in (model.config_json, model.config.to_dict()):
         for path, value in walk(source):
             if PROMISE.search(path[-1]) and (value is True or (isinstance(value, int) and value > 0)):

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, required
 from .files import (
     differences,
     digest_of,
@@ -57,12 +57,17 @@ class RunFolder:
     def __init__(self, folder: str | Path, *, calibrated: RunFolder | None = None):
         self.folder = Path(folder).expanduser()
         self.calibrated = calibrated
-        self.source: SourceRecord | None = None
+        self._source: SourceRecord | None = None
         self._opened = 0
 
     @property
     def plan(self) -> Path:
         return self.folder / "plan.json"
+
+    @property
+    def source(self) -> SourceRecord:
+        """The weights that this is a run of, once it has been opened."""
+        return required(self._source, "the source of a run folder that was not opened")
 
     @property
     def own_text(self) -> Path:
@@ -78,9 +83,9 @@ class RunFolder:
         with ExitStack() as stack:
             if self._opened == 0:
                 stack.enter_context(locked(self.folder / ".lock", str(self.folder)))
-                self.source = SourceRecord(self.folder / "source.json", model.reader.checkpoint, model.name)
+                self._source = SourceRecord(self.folder / "source.json", model.reader.checkpoint, model.name)
                 stack.callback(setattr, model.reader, "on_read", model.reader.on_read)
-                model.reader.on_read = self.source.saw
+                model.reader.on_read = self._source.saw
             self._opened += 1
             try:
                 yield

@@ -19,12 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .calibrate import Calibration, calibrate, own_share
 from .coverage import Coverage, coverage, unreached
-from .errors import UserError
+from .errors import UserError, required
 from .factorise import factorise
 from .methods import Method, get
 from .plan import Plan
@@ -66,7 +67,7 @@ class Recipe:
     drop_mtp: bool = False
 
     @classmethod
-    def of(cls, method: str, options: dict, **rest: object) -> Recipe:
+    def of(cls, method: str, options: dict, **rest: Any) -> Recipe:
         """Raises UserError for a method or an option that there is not."""
         chosen = get(method)
         return cls(chosen, chosen.complete(options), **rest)
@@ -156,8 +157,8 @@ class Run:
     def plan(self) -> Plan:
         recipe = self.recipe
         return make_plan(
-            self.model, recipe.method, recipe.options, recipe.ratio, run=self.folder, allocation=recipe.allocation,
-            rank_multiple=recipe.rank_multiple, seed=recipe.seed, progress=self.progress,
+            self.model, recipe.method, recipe.options, required(recipe.ratio, "a ratio"), run=self.folder,
+            allocation=recipe.allocation, rank_multiple=recipe.rank_multiple, seed=recipe.seed, progress=self.progress,
         )  # fmt: skip
 
     def factorise(self, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .errors import NotFinite, UserError
+from .errors import NotFinite, UserError, required
 from .experts import ExpertLayer
 
 # What can be collected, and what each costs a layer in float32.
@@ -57,9 +57,14 @@ class LayerStats:
         def sums_of(name: str, *shape: int) -> Tensor | None:
             return torch.zeros(experts, *shape, device=device) if name in needs else None
 
-        sums = (torch.zeros(experts, dtype=torch.float64, device=device) for _ in range(4))
+        def sums() -> Tensor:
+            return torch.zeros(experts, dtype=torch.float64, device=device)
+
         return cls(
-            *sums,
+            count=sums(),
+            weight=sums(),
+            weight_square=sums(),
+            output_norm=sums(),
             input_moment=sums_of("input_moment", hidden, hidden),
             hidden_moment=sums_of("hidden_moment", width, width),
             hidden_square=sums_of("hidden_square", width),
@@ -101,7 +106,7 @@ class LayerStats:
                 scaled = rows.float() * g.float().unsqueeze(1)
                 moment[expert].addmm_(scaled.T, scaled)
 
-        if self.hidden_square is not None:
+        if self.hidden_square is not None and self.hidden_sum is not None:
             self.hidden_square[expert] += h.float().square().sum(0)
             self.hidden_sum[expert] += (h.float() * g.float().square().unsqueeze(1)).sum(0)
 
@@ -117,8 +122,8 @@ class LayerStats:
             self.first_gradient[expert] += gradient.float().square().sum(0)
 
     def __add__(self, other: LayerStats) -> LayerStats:
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return LayerStats(*(None if a is None or b is None else a + b for a, b in pairs))
+        mine, others = self.tensors(), other.tensors()
+        return LayerStats(**{name: tensor + others[name] for name, tensor in mine.items() if name in others})
 
     def with_gradients(self, other: LayerStats) -> LayerStats:
         """These sums, with the gradient statistics of `other`."""
@@ -126,6 +131,10 @@ class LayerStats:
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def required(self, name: str) -> Tensor:
+        """A statistic that the method asked for."""
+        return required(getattr(self, name), name)
 
     def frequency(self) -> Tensor:
         """(E,) share of the (token, expert) pairs; uniform where nothing was seen."""
@@ -139,7 +148,7 @@ class LayerStats:
         rows, the layer's own when there are none. A ridge of 1e-6 of the mean diagonal keeps it invertible.
         `layer` is `layer_moment(name)`, which the caller keeps: it is a sum over all experts.
         """
-        moments: Tensor = getattr(self, name)
+        moments = self.required(name)
         size = moments.shape[-1]
         share = size / (size + float(self.count[expert]))
         own = moments[expert].double() / self.weight_square[expert].clamp(min=1e-300)
@@ -147,7 +156,7 @@ class LayerStats:
 
     def layer_moment(self, name: str) -> Tensor:
         """The mean over all of the layer's tokens, float64; the identity where nothing was seen."""
-        moments: Tensor = getattr(self, name)
+        moments = self.required(name)
         total = self.weight_square.sum()
         if total == 0:
             return torch.eye(moments.shape[-1], dtype=torch.float64, device=moments.device)

@@ -14,16 +14,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .checkpoint import Checkpoint, ModelReader, resolve
+from .checkpoint import Checkpoint, ModelReader, dtype_of, resolve
 from .compat import has_post_expert_norm
-from .discover import build_skeleton, decoder_layers, find_experts, own_model, read_config, read_fields
-from .errors import UserError
+from .discover import FusedExperts, build_skeleton, decoder_layers, find_experts, own_model, read_config, read_fields
+from .errors import UserError, required
 from .experts import ExpertLayer, ExpertWeights
 from .fields import find_fields
 from .fp8 import Fp8Source
@@ -48,7 +49,17 @@ class GradientObserver(Protocol):
 def _nothing() -> None: ...
 
 
-def _observed_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+class _ObservedExperts(FusedExperts, Protocol):
+    """Only experts with a gate have the first, only those of some models the others."""
+
+    _apply_gate: Callable[[Tensor], Tensor]
+    down_proj_bias: nn.Parameter
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+
+def _observed_forward(
+    module: _ObservedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """An experts module's forward, expert by expert, which shows each expert's tokens to `module.observer` and, in a
     backward pass, the loss gradient at each expert's output to `module.gradient_observer`.
 
@@ -100,7 +111,7 @@ def _show_gradients(watcher: GradientObserver, routing: Routing, gradient: Tenso
             watcher.add_gradient(expert, gradient[routing.token[start:end]] * weight)
 
 
-def _show_first(watcher: GradientObserver, module: nn.Module, expert: int, gradient: Tensor) -> None:
+def _show_first(watcher: GradientObserver, module: FusedExperts, expert: int, gradient: Tensor) -> None:
     if module.has_gate and not module.is_concatenated:
         gradient = torch.cat((gradient[:, 0::2], gradient[:, 1::2]), dim=1)
     watcher.add_first_gradient(expert, gradient)
@@ -202,7 +213,7 @@ class StreamedModel:
         self.own_code = own_model(self.config, name, trust_remote_code)  # the model's class is its repository's
         source = _quantised_source(self.config, name)
         checkpoint = Checkpoint(self.folder)
-        self.stored_dtype: torch.dtype = self.config.dtype or checkpoint.dtype
+        self.stored_dtype = dtype_of(self.config, checkpoint)
         self.dtype = dtype or compute_dtype(self.stored_dtype, self.device)
         self.model = build_skeleton(self.config, name, self.dtype, trust_remote_code)
         self.config_json = read_fields(self.folder)
@@ -248,7 +259,8 @@ class StreamedModel:
         owner = self.decoder_layers[0].rpartition(".")[0]
         self.reader.load(path, self.device, without=(owner,))
         _to_device(decoder, self.device)
-        states, arguments = [], []
+        states: list[Tensor] = []
+        arguments: list[dict[str, tuple[tuple, dict]]] = []
         if self._extras is _UNKNOWN:
             self._extras = self._handed_on(decoder, batches[0][:1].to(self.device))
         layers = {name: self.model.get_submodule(name) for name in self.decoder_layers}
@@ -265,7 +277,7 @@ class StreamedModel:
             for layer in layers.values():
                 del layer.forward
         self.reader.release(path)
-        handed = [(None,) * (self._extras or 0)] * len(states)
+        handed: list[tuple[Tensor | None, ...]] = [(None,) * (self._extras or 0)] * len(states)
         pools = [v for args, kwargs in arguments[0].values() for v in (*args, *kwargs.values()) if isinstance(v, Pool)]
         return Activations(states, arguments, handed, pools=pools)
 
@@ -360,7 +372,7 @@ class StreamedModel:
                 ends = {0: gradients[index], **{place + 1: g for place, g in activations.flowing[index].items()}}
                 torch.autograd.backward([outs[n] for n in ends], list(ends.values()))
             if keep:
-                gradients[index] = leaf.grad
+                gradients[index] = required(leaf.grad, "a gradient")
                 given = {place: t.grad for place, t in enumerate(handed) if t is not None and t.requires_grad}
                 activations.flowing[index] = {place: grad for place, grad in given.items() if grad is not None}
             after_batch()
@@ -434,7 +446,7 @@ def _filled(call: tuple[tuple, dict], handed: tuple[Tensor | None, ...]) -> tupl
     return tuple(map(fill, args)), {key: fill(value) for key, value in kwargs.items()}
 
 
-def _share(value: object, other: object, seen: dict[int, object]) -> object:
+def _share(value: Any, other: Any, seen: dict[int, Any]) -> Any:
     """`value` with every tensor that equals the one at the same place in `other` replaced by that one.
 
     Masks and positions are the same in every batch; kept once, they cost nothing. An object that several layers are
@@ -452,8 +464,8 @@ def _share(value: object, other: object, seen: dict[int, object]) -> object:
         known = other if isinstance(other, dict) else {}
         found = {key: _share(item, known.get(key), seen) for key, item in value.items()}
     elif type(value) in (tuple, list):
-        known = other if isinstance(other, tuple | list) and len(other) == len(value) else [None] * len(value)
-        found = type(value)(_share(a, b, seen) for a, b in zip(value, known, strict=True))
+        others = other if isinstance(other, tuple | list) and len(other) == len(value) else [None] * len(value)
+        found = type(value)(_share(a, b, seen) for a, b in zip(value, others, strict=True))
     seen[id(value)] = found
     return found
 
@@ -472,7 +484,7 @@ def _to_device(module: nn.Module, device: torch.device) -> None:
                 part._buffers[name] = buffer.to(device)
 
 
-def _quantised_source(config: object, name: str) -> Fp8Source | None:
+def _quantised_source(config: PretrainedConfig, name: str) -> Fp8Source | None:
     """What reads the checkpoint's quantised tensors; UserError for a quantisation that can't be undone here."""
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointWriter
 from .discover import auto_class
-from .errors import UserError
+from .errors import UserError, required
 from .experts import ExpertLayer, ExpertWeights
 from .fields import shapes
 from .methods import Method
@@ -113,8 +113,9 @@ def check_config(model: StreamedModel, plan: Plan) -> None:
     for entry in plan.layers:
         for name, tensor in _standard_shapes(entry).items():
             wanted[name] = tensor
-        for name, axis in entry.layer.router if entry.kept is not None else ():
-            wanted[name] = (*wanted[name][:axis], len(entry.kept), *wanted[name][axis + 1 :])
+        if entry.kept is not None:
+            for name, axis in entry.layer.router:
+                wanted[name] = (*wanted[name][:axis], len(entry.kept), *wanted[name][axis + 1 :])
     found = shapes(model.config, smaller(model.config_json, plan, model.fields))
     wrong = next((n for n in sorted(wanted.keys() | found.keys()) if wanted.get(n) != found.get(n)), None)
     if wrong:
@@ -125,9 +126,9 @@ def check_config(model: StreamedModel, plan: Plan) -> None:
 
 
 def _standard_shapes(entry: LayerPlan) -> dict[str, tuple[int, ...]]:
-    experts, width = entry.standard()
+    experts, width = required(entry.standard(), "the shape of an ordinary MoE")
     layer = replace(entry.layer, experts=experts, intermediate=width)
-    stacks = {"gate": None, "gate_bias": None, "up_bias": None, "down_bias": None}
+    stacks: dict[str, Tensor | None] = {"gate": None, "gate_bias": None, "up_bias": None, "down_bias": None}
     up = torch.empty(experts, width, layer.hidden, device="meta")
     if layer.gated:
         stacks["gate"] = up
@@ -140,13 +141,13 @@ def _standard_shapes(entry: LayerPlan) -> dict[str, tuple[int, ...]]:
 
 def _standard_layer(entry: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One layer's experts under the model's own names, as few and as narrow as they are now."""
-    experts, width = entry.standard()
+    experts, width = required(entry.standard(), "the shape of an ordinary MoE")
     layer = replace(entry.layer, experts=experts, intermediate=width)
     prefix = layer.name + "."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     first = tensors[f"{layer.first_stack}_weight"].view(experts, -1, layer.hidden)
     gate, up = first.chunk(2, dim=1) if layer.gated else (None, first)
-    biases = {}
+    biases: dict[str, Tensor | None] = {}
     if layer.biased:
         halves = tensors["first_bias"].view(experts, -1, entry.layer.intermediate)[:, :, :width]
         biases["up_bias"], biases["down_bias"] = halves[:, -1], tensors["down_bias"]
@@ -162,9 +163,12 @@ def router_cuts(model: StreamedModel, plan: Plan) -> dict[str, tuple[int, tuple[
     for name, targets in model.reader.targets.items():
         for target in targets:
             on_disk.setdefault(target, []).append(name)
-    state, cuts = model.model.state_dict(), {}
+    state = model.model.state_dict()
+    cuts: dict[str, tuple[int, tuple[int, ...]]] = {}
     for entry in plan.layers:
-        for target, axis in entry.layer.router if entry.kept is not None else ():
+        if entry.kept is None:
+            continue
+        for target, axis in entry.layer.router:
             for name in on_disk.get(target, []):
                 with model.reader.checkpoint.slices([name]) as slices:
                     shape = tuple(slices[name].get_shape())

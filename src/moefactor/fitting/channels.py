@@ -30,10 +30,10 @@ def importance(weights: ExpertWeights, stats: LayerStats, shrinkage: float = 0.0
     scores = torch.empty(weights.down.shape[0], weights.down.shape[2], dtype=torch.float64, device=weights.down.device)
     for expert, down in enumerate(weights.down):
         d = down.double()  # (H, I)
-        gradient = stats.output_gradient[expert].double()
+        gradient = stats.required("output_gradient")[expert].double()
         own = (d * (gradient @ d)).sum(0)
         scores[expert] = (1 - shrinkage) * own + shrinkage * gradient.diagonal().mean() * d.square().sum(0)
-    return 0.5 * stats.hidden_square.double() * scores / count
+    return 0.5 * stats.required("hidden_square").double() * scores / count
 
 
 def kept_biases(weights: ExpertWeights, expert: int, channels: Tensor, intermediate: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import NotFinite
+from ..errors import NotFinite, required
 
 Schedule = torch.optim.lr_scheduler.LRScheduler
 
@@ -24,6 +24,11 @@ class Kept:
     def __init__(self, tensors: Callable[[], dict[str, Tensor]], value: float = math.inf):
         self.tensors, self.value, self.step = tensors, value, 0
         self.state: dict[str, Tensor] | None = None
+
+    @property
+    def best(self) -> dict[str, Tensor]:
+        """The state that is kept, once one is."""
+        return required(self.state, "a state that is kept")
 
     def offer(self, value: float, step: int) -> bool:
         """Whether this is the best so far."""

@@ -58,9 +58,9 @@ class Metrics:
         seen, even = (1 - prior) * stats.count.double(), prior * stats.count.double().mean()
         self.count = seen + even  # (E,)
         self._own = seen / self.count.clamp(min=1e-30)
-        gradient = stats.first_gradient.double()
+        gradient = stats.required("first_gradient").double()
         self.sensitivity = (1 - prior) * gradient + prior * gradient.mean()  # (E, width), times n_e
-        self._pooled_output = stats.output_gradient.sum(0).double() / stats.count.sum()
+        self._pooled_output = stats.required("output_gradient").sum(0).double() / stats.count.sum()
 
     def input(self, expert: int) -> Tensor:
         """(H, H) C_e of gate and up."""
@@ -73,7 +73,8 @@ class Metrics:
         if self.stats is None:
             return self._identity(self.layer.hidden)
         count = self.stats.count[expert].clamp(min=1)
-        return self._mixed(expert, self.stats.output_gradient[expert].double() / count, self._pooled_output)
+        gradient = self.stats.required("output_gradient")[expert].double()
+        return self._mixed(expert, gradient / count, self._pooled_output)
 
     def hidden(self, expert: int) -> Tensor:
         """(I, I) E[h hᵀ]."""

@@ -122,6 +122,7 @@ def solve(
     if solver == "adam":
         learned = (problem.private(bases(start)) if private is None else private).detach().clone().requires_grad_()
         groups.append({"params": [learned], "lr": private_rate})
+    optimiser: torch.optim.Optimizer
     if weight_decay:
         optimiser = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)
     else:
@@ -151,9 +152,8 @@ def solve(
         return earlier - kept.value < tolerance * kept.value
 
     losses = descend(optimiser, schedule, gradient, kept, steps=steps + 1, stalled=stalled)
-    state = kept.state or {}
-    best = [state[str(i)] for i in range(len(parameters))]
-    return Solution(state["private"], best, list(itertools.accumulate(losses, min)))
+    best = [kept.best[str(i)] for i in range(len(parameters))]
+    return Solution(kept.best["private"], best, list(itertools.accumulate(losses, min)))
 
 
 def _cosine(progress: float) -> float:

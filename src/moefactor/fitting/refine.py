@@ -98,7 +98,7 @@ def refine(
         raise NotFinite("the error of the layer's output on held-out tokens, before refining")
     kept = Kept(lambda: dict(module.named_parameters()), before)
 
-    def gradient() -> float:
+    def backward() -> float:
         chosen = seen[torch.randint(len(seen), (min(BATCH, len(seen)),), generator=generator).to(seen.device)]
         total = 0.0
         for part in chosen.split(PART):
@@ -108,7 +108,7 @@ def refine(
         return total
 
     with torch.enable_grad():
-        curve = descend(optimiser, schedule, gradient, kept, steps=steps, look=held_out, every=LOOK)
+        curve = descend(optimiser, schedule, backward, kept, steps=steps, look=held_out, every=LOOK)
     if kept.state is None:
         return compressed
     tensors = {name: kept.state.get(name, tensor) for name, tensor in compressed.tensors.items()}

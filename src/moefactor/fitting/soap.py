@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..errors import required
 
 BETAS = (0.9, 0.99)  # Adam's
 MEMORY = 0.95  # of the gradients' second moment, a step
@@ -32,18 +34,18 @@ class Soap(torch.optim.Optimizer):
     matrices with one row, take plain Adam. The first step only fills the moments, as in the authors' code.
     """
 
-    def __init__(self, rates: Iterable[tuple[nn.Parameter, float]]):
+    def __init__(self, rates: Iterable[tuple[Tensor, float]]):
         super().__init__([{"params": [p], "lr": rate * _scale(p)} for p, rate in rates if p.numel()], {})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure, which torch asks for
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group["lr"])
 
-    def _update(self, parameter: nn.Parameter, rate: float) -> None:
-        gradient, upright = _matrices(parameter.grad)
+    def _update(self, parameter: Tensor, rate: float) -> None:
+        gradient, upright = _matrices(required(parameter.grad, "a gradient"))
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -104,7 +106,7 @@ def _rotated(rows: Tensor, basis: Tensor | None) -> Tensor:
     return rows if basis is None else rows @ basis
 
 
-def _scale(parameter: nn.Parameter) -> float:
+def _scale(parameter: Tensor) -> float:
     return float(parameter.detach().float().square().mean().sqrt()) or 1e-3
 
 

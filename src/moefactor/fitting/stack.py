@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from ..errors import required
 from ..forms import Form
 from ..forms.base import Factors
 from ..stats import LayerStats
@@ -32,12 +34,18 @@ class Stack:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(self.weights.shape)
+        experts, rows, columns = self.weights.shape
+        return experts, rows, columns
 
     @property
     def writes(self) -> bool:
         """Whether what the matrices multiply lies on their rows: true for down, whose inputs are its width."""
         return (self.name == "down") != self.flipped
+
+    @property
+    def calibrated(self) -> LayerStats:
+        """The statistics, for methods that ask for some."""
+        return required(self.stats, f"what calibration knows of {self.name}")
 
     @property
     def _moments(self) -> str:
@@ -46,7 +54,7 @@ class Stack:
     @cached_property
     def layer_moment(self) -> Tensor:
         """Second moment over all of the layer's tokens of what its matrices multiply, float64."""
-        return self.stats.layer_moment(self._moments)
+        return self.calibrated.layer_moment(self._moments)
 
     def of(self, weights: Tensor) -> Stack:
         """Other weights under the same inputs: deltas, say."""
@@ -57,12 +65,12 @@ class Stack:
 
     def moment(self, expert: int) -> Tensor:
         """The same of one expert's own tokens: (H, H), or (width, width) for down."""
-        return self.stats.mean_moment(self._moments, expert, self.layer_moment)
+        return self.calibrated.mean_moment(self._moments, expert, self.layer_moment)
 
 
 def relative_error(original: Tensor, rebuilt: Callable[[int], Tensor], moment: Callable[[int], Tensor] | None) -> float:
     """Σ_e ‖W_e − Ŵ_e‖² / Σ_e ‖W_e‖²; with moments (of the right-hand side) in their norm, tr D C Dᵀ."""
-    lost = total = 0.0
+    lost = total = torch.zeros((), dtype=torch.float64, device=original.device)
     for expert, weight in enumerate(original):
         difference = weight.double() - rebuilt(expert).double()
         if moment is None:

@@ -43,7 +43,6 @@ class Form(ABC):
     hidden: int
 
     name: ClassVar[str]  # in JSON and in `FORMS`
-    mixes_bases: ClassVar[bool] = False  # a weight moves with its factor, with the mixing and with every base
 
     @abstractmethod
     def tensors(self) -> dict[str, TensorSpec]:
@@ -81,6 +80,11 @@ class Form(ABC):
     def summary(self) -> str:
         """One line for people: `shared_basis, ranks 24 22 20`."""
         return self.name
+
+    @property
+    def mixes_bases(self) -> bool:
+        """Whether a weight moves with its factor, with the mixing and with every base."""
+        return False
 
     @property
     def kept_widths(self) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ rebuilt. Only a batch with many more tokens than experts, or a mixture of many b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,7 +25,11 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "identity": identity}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+    "identity": identity,
+}
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class BasisMixture(Form):
         groups = data.whole("groups", 1, experts)
         if experts % groups:
             raise data.error(f"{experts} experts can't be cut into {groups} equal groups.")
-        widths, halves = (), 1
+        widths: tuple[int, ...] = ()
+        halves = 1
         if data.list("widths", []):
             ragged = Ragged.from_json(data, experts=experts, width=width, hidden=hidden)
             widths, halves = ragged.widths, ragged.halves
@@ -164,7 +169,8 @@ def pack_bases(left: Tensor, right: Tensor) -> Factors:
 
 def _pivot_rows(left: Tensor) -> Tensor:
     """(n, r, k) -> (n, k) ascending: the rows that a QR of the transpose with column pivoting takes first."""
-    rows, chosen = left.double(), []
+    rows = left.double()
+    chosen: list[Tensor] = []
     for _ in range(left.shape[2]):
         norms = rows.square().sum(2)
         if chosen:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar, overload
 
-from ..errors import UserError, unknown
+from ..errors import UserError, required, unknown
 
+if TYPE_CHECKING:
+    from .base import Form
+
+T = TypeVar("T")
 MISSING = object()
 
 
@@ -20,13 +25,19 @@ class Fields:
     3
     """
 
-    def __init__(self, data: object, where: str, inner: Callable[..., object] | None = None):
+    def __init__(self, data: object, where: str, inner: Callable[..., Form] | None = None):
         if not isinstance(data, dict):
             raise UserError(f"{where}: expected an object with a field 'form', found {data!r}.")
-        self.data, self.where, self.inner = data, where, inner
+        self.data, self.where, self._inner = data, where, inner
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self.where}: {message}")
+
+    @overload
+    def get(self, name: str, kind: type[T], default: object = MISSING) -> T: ...
+
+    @overload
+    def get(self, name: str, kind: tuple[type[int], type[float]], default: object = MISSING) -> float: ...
 
     def get(self, name: str, kind: type | tuple[type, ...], default: object = MISSING) -> object:
         value = self.data.get(name, default)
@@ -48,9 +59,7 @@ class Fields:
 
     def whole(self, name: str, low: int, high: int, default: object = MISSING) -> int:
         """A whole number from low to high."""
-        value = self.get(name, (int, float), default)
-        self.within(name, value, low, high)
-        return value
+        return self.within(name, self.get(name, (int, float), default), low, high)
 
     def fraction(self, name: str) -> float:
         value = self.get(name, (int, float))
@@ -61,10 +70,15 @@ class Fields:
     def list(self, name: str, default: object = MISSING) -> tuple:
         return tuple(self.get(name, list, default))
 
-    def within(self, what: str, value: object, low: int, high: int, *, of: str = "", why: str = "") -> None:
+    def inner(self, name: str, *hidden: int) -> Form:
+        """The form in a field, of this one's hidden size or another."""
+        return required(self._inner, "a reader of forms inside forms")(name, *hidden)
+
+    def within(self, what: str, value: object, low: int, high: int, *, of: str = "", why: str = "") -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             bounds = f"it must be a whole number from {low} to {high}"
             raise self.error(f"{what} {value!r}{of} does not fit; {bounds}{why}.")
+        return value
 
     def groups(self, name: str, count: int, experts: int, what: str) -> tuple[tuple[int, ...], ...]:
         """`0 0 1 …`, a group below `count`, the number of `what`, for each expert -> the experts of each group."""

@@ -120,6 +120,7 @@ class SharedBasis(Form):
     @classmethod
     def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> SharedBasis:
         ranks = data.list("ranks")
+        groups: tuple[tuple[int, ...], ...]
         if data.text("form") == "low_rank":
             groups = tuple((e,) for e in range(experts))
         else:

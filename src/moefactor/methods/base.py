@@ -100,7 +100,9 @@ def offering(
         return plan_offers(priced, budget, own_rule=rule, build=build)
 
     options = options_of(offers, factorise) if options is None else options
-    needs = {"plan_needs": lambda options: set(), "factorise_needs": lambda options: set()}
+    needs: dict[str, Callable[[dict], set[str]]] = {
+        "plan_needs": lambda options: set(), "factorise_needs": lambda options: set(),
+    }  # fmt: skip
     return Method(
         name, summary, paper, price=price, priced=LayerOffers.from_json, plan=plan, factorise=factorise,
         options=options, rule=rule, build=build, **(needs | rest),
@@ -227,7 +229,7 @@ def _parameter(name: str, annotation: object, default: object) -> inspect.Parame
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _checked(where: str, value: object, parameter: inspect.Parameter) -> object:
+def _checked(where: str, value: Any, parameter: inspect.Parameter) -> Any:
     """The value in the parameter's type; text from the command line is read, anything unfit raises UserError."""
     kind = parameter.annotation
     try:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..allocate import LayerOffers, Offer
+from ..errors import required
 from ..experts import CompressedExperts, ExpertWeights
 from ..fitting.channels import importance, kept_biases, ragged_forms
 from ..fitting.stack import Stack, relative_error
-from ..forms import Ragged
 from ..plan import LayerPlan
 from ..stats import LayerStats
 from .base import offering
@@ -82,9 +82,8 @@ def factorise(
     layer = weights.layer
     scores = importance(weights, stats)
     stack = Stack("down", weights.stack("down"), stats)
-    down_form: Ragged = plan.forms["down"]
     first_rows, down_rows, constants, biases, cut = [], [], [], [], []
-    for expert, kept in enumerate(down_form.widths):
+    for expert, kept in enumerate(plan.forms["down"].rows().widths):
         channels = scores[expert].topk(kept).indices.sort().values
         first = [m[expert][channels] for m in (weights.gate, weights.up) if m is not None]
         first_rows.append(torch.cat(first))
@@ -98,7 +97,7 @@ def factorise(
     first_name = layer.first_stack
     tensors = {f"{first_name}_weight": torch.cat(first_rows), "down_weight": torch.cat(down_rows)}
     if layer.biased:
-        tensors |= {"first_bias": torch.stack(biases), "down_bias": weights.down_bias}
+        tensors |= {"first_bias": torch.stack(biases), "down_bias": required(weights.down_bias, "down_bias")}
     if plan.intercept:
         tensors["intercept"] = torch.stack(constants)
     error = relative_error(weights.down, lambda e: cut[e].T, stack.moment)
@@ -108,9 +107,9 @@ def factorise(
 def refitted_down(stack: Stack, expert: int, channels: Tensor, *, refit: bool, centred: bool) -> tuple[Tensor, Tensor]:
     """The rows (kept, H) of downᵀ for the channels left, and the constant (H,) that stands for the others' mean."""
     down = stack.weights[expert].double()  # (I, H)
-    stats = stack.stats
+    stats = stack.calibrated
     moment = stack.moment(expert)
-    mean = stats.hidden_sum[expert].double() / stats.weight_square[expert].clamp(min=1e-300)
+    mean = stats.required("hidden_sum")[expert].double() / stats.weight_square[expert].clamp(min=1e-300)
     if centred:
         # Only the expert's own part has that mean; less of it than this and the matrix is no longer a covariance.
         own = float(stats.count[expert]) / (len(mean) + float(stats.count[expert]))

@@ -63,10 +63,10 @@ def factorise(stack: Stack, form: BasePlusDelta, *, seed: int, base: Base = "fis
     deltas = stack.of(stack.weights.float() - merged.float())
     if isinstance(form.delta, SharedPrivate):
         delta = _shared_private(deltas, form.delta, seed)
-    elif len(form.delta.groups) == 1:
-        delta = factorise_shared(deltas, form.delta, seed=seed).factors
     else:
-        delta = factorise_whitened(deltas, form.delta, seed=seed).factors
+        assert isinstance(form.delta, SharedBasis)  # see offers
+        fit = factorise_shared if len(form.delta.groups) == 1 else factorise_whitened
+        delta = fit(deltas, form.delta, seed=seed).factors
     factors = _pruned(stack, merged, form) | {f"delta_{name}": tensor for name, tensor in delta.items()}
     return Fitted(factors, stack_error(stack, form, factors, weighted=True))
 
@@ -78,7 +78,7 @@ def merged_base(stack: Stack, base: Base) -> Tensor:
     if base == "mean":
         return mean
     if base == "frequency":
-        share = stack.stats.frequency()
+        share = stack.calibrated.frequency()
         return sum(s * weight.double() for s, weight in zip(share / share.sum(), stack.weights, strict=True))
     total, weighted = torch.zeros_like(mean), torch.zeros_like(mean)
     for fisher, weight in zip(_fisher(stack), stack.weights, strict=True):
@@ -90,8 +90,8 @@ def merged_base(stack: Stack, base: Base) -> Tensor:
 
 def _fisher(stack: Stack) -> Tensor:
     """(E, width, H): the stack's part of what calibration stored as gate, up, downᵀ."""
-    width = stack.stats.hidden_moment.shape[1]
-    blocks = stack.stats.fisher.split(width, dim=1)
+    width = stack.calibrated.required("hidden_moment").shape[1]
+    blocks = stack.calibrated.required("fisher").split(width, dim=1)
     names = ("gate", "up", "down")[-len(blocks) :]
     wanted = ("gate", "up") if stack.name == "gate_up" else (stack.name,)
     return torch.cat([block for name, block in zip(names, blocks, strict=True) if name in wanted], dim=1)

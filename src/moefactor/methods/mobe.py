@@ -10,6 +10,7 @@ stands (published_start), its one rate that never falls, and the best of all ste
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -92,11 +93,12 @@ def _fit(
     weights = stack.weights[experts].float()
     # float32 and divided by the standard deviation, so that one learning rate fits every layer.
     deviation = weights.std().clamp(min=1e-12)
-    problem = Problem(weights / deviation, form.activation, triangles=True, **metrics(stack, experts, weighted))
+    left, right = metrics(stack, experts, weighted)
+    problem = Problem(weights / deviation, form.activation, left=left, right=right, triangles=True)
+    private: Tensor | None = None
     if solver == "adam":
         private, basis, logits = published_start(weights, form.bases, form.rank)
     else:
-        private = None
         basis = group_starts(problem, form.bases, form.rank).to(weights)
         logits = START_LOGIT * one_hot(len(experts), form.bases, noise=0.05, seed=seed).to(weights)
 
@@ -105,12 +107,10 @@ def _fit(
 
     rate = rate or RATES[solver]
     if solver == "adam":
-        how = {"rates": [rate, rate], "private": private, "private_rate": rate, "falling": lambda progress: 1.0}
+        fit = partial(solve, rates=[rate, rate], private=private, private_rate=rate, falling=lambda progress: 1.0)
     else:
-        how = {"rates": [rate, MIX_RATE * rate], "betas": BETAS, "falling": held}
-    solution = solve(
-        problem, bases, [basis, logits], solver=solver, steps=steps or STEPS[solver], tolerance=tolerance, **how
-    )
+        fit = partial(solve, rates=[rate, MIX_RATE * rate], betas=BETAS, falling=held)
+    solution = fit(problem, bases, [basis, logits], solver=solver, steps=steps or STEPS[solver], tolerance=tolerance)
     basis, logits = solution.parameters
     private = (solution.private * deviation).transpose(1, 2)
     return {"private": private, "mix": logits.softmax(1), "basis": basis}, solution
@@ -138,16 +138,18 @@ def held(progress: float) -> float:
     return min(1.0, max(0.0, 1 - progress) / (1 - HELD))
 
 
-def metrics(stack: Stack, experts: list[int], weighted: bool) -> dict[str, Tensor]:
-    """The second moments of what the experts' matrices multiply, on the side where it lies; empty when unweighted."""
+def metrics(stack: Stack, experts: list[int], weighted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Problem's `left` and `right`: the second moments of what the experts' matrices multiply, on the side where it
+    lies; neither when unweighted."""
     if not weighted:
-        return {}
+        return None, None
     moments = torch.stack([stack.moment(e) for e in experts])
     # Experts count by their tokens; each moment is scaled to a mean diagonal of 1 first.
-    share = stack.stats.weight_square[experts]
+    share = stack.calibrated.weight_square[experts]
     share = (share / share.mean().clamp(min=1e-30)).clamp(min=1e-2)
     level = moments.diagonal(dim1=1, dim2=2).mean(1).mean()
-    return {"left" if stack.writes else "right": (moments * (share / level).view(-1, 1, 1)).float()}
+    metric = (moments * (share / level).view(-1, 1, 1)).float()
+    return (metric, None) if stack.writes else (None, metric)
 
 
 METHOD = lift(

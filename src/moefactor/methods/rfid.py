@@ -70,7 +70,9 @@ def factorise(
     if refine_steps < 0:
         raise UserError(f"rfid: refine_steps must be 0 or more, found {refine_steps}.")
     basis_form = form.inner if isinstance(form, SparseResidual) else form
-    bases, privates = [], {}
+    assert isinstance(basis_form, SharedBasis)  # see offers
+    bases: list[Tensor] = []
+    privates: dict[int, Tensor] = {}
     for group, rank in zip(basis_form.groups, basis_form.ranks, strict=True):
         weights = stack.weights[list(group)]  # (n, width, H)
         basis = top_eigenvectors(gram(weights.flatten(0, 1)), rank)
@@ -107,7 +109,7 @@ def _refine(weights: Tensor, basis: Tensor, *, steps: int, rate: float) -> tuple
         return loss.item()
 
     descend(optimiser, schedule, gradient, kept, steps=steps + 1)
-    return kept.state["basis"], kept.state["private"] * scale
+    return kept.best["basis"], kept.best["private"] * scale
 
 
 def _frequency(stack: Stack) -> Tensor:

@@ -77,10 +77,10 @@ def group_gram(stack: Stack, group: Group, *, whitened: bool) -> Tensor:
     """
     if not whitened:
         return gram(stack.weights[list(group)].flatten(0, 1))
-    mass = stack.stats.weight_square
+    mass = stack.calibrated.weight_square
     # Never quite zero: an expert that calibration missed still has to be rebuilt.
     share = (mass / mass.mean().clamp(min=1e-30)).clamp(min=1e-2)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=stack.weights.device)
     for expert in group:
         weight = stack.weights[expert].double()
         inner = weight.T @ stack.moment(expert) @ weight if stack.writes else weight.T @ weight
@@ -93,7 +93,7 @@ def group_gram(stack: Stack, group: Group, *, whitened: bool) -> Tensor:
 
 def _pooled(stack: Stack, group: Group) -> Tensor:
     """The group's mean second moment, experts weighted by their tokens' Σg²; the layer's where they saw none."""
-    mass = stack.stats.weight_square[list(group)]
+    mass = stack.calibrated.weight_square[list(group)]
     if mass.sum() == 0:
         return stack.layer_moment
     return sum(m * stack.moment(e) for m, e in zip(mass / mass.sum(), group, strict=True))

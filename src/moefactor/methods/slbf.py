@@ -9,6 +9,7 @@ Start (the paper's "matrix sign", no spectrum): U_e = [I_k; 0], V_e the top k ri
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -62,7 +63,8 @@ def factorise(
     experts = list(range(form.experts))
     weights = stack.weights.float()
     deviation = weights.std().clamp(min=1e-12)
-    problem = Problem(weights / deviation, form.activation, triangles=True, **metrics(stack, experts, weighted))
+    of_width, of_hidden = metrics(stack, experts, weighted)
+    problem = Problem(weights / deviation, form.activation, left=of_width, right=of_hidden, triangles=True)
     k, m = form.basis_rank, form.bases
     u, _, vt = torch.linalg.svd(problem.weights[:m], full_matrices=False)
     # The first rows of a basis carry V, scaled into the range where f bends; the rest start small but not dead.
@@ -79,12 +81,13 @@ def factorise(
     rate = rate or RATES[solver]
     if solver == "adam":
         # The paper's ratio of rates: bases at 0.1 to 0.36 of that of A and α.
-        how = {"rates": [0.2 * rate, 0.2 * rate, rate], "private_rate": rate, "weight_decay": 0.02}
-        how["private"] = u[:, :, : form.rank] if m == form.experts else None
+        private = u[:, :, : form.rank] if m == form.experts else None
+        rates = [0.2 * rate, 0.2 * rate, rate]
+        fit = partial(solve, rates=rates, private=private, private_rate=rate, weight_decay=0.02)
     else:
-        how = {"rates": [rate, rate, MIX_RATE * rate], "betas": BETAS, "falling": held}
-    solution = solve(
-        problem, bases, [left, right, logits], solver=solver, steps=steps or STEPS[solver], tolerance=tolerance, **how
+        fit = partial(solve, rates=[rate, rate, MIX_RATE * rate], betas=BETAS, falling=held)
+    solution = fit(
+        problem, bases, [left, right, logits], solver=solver, steps=steps or STEPS[solver], tolerance=tolerance
     )
     left, right, logits = solution.parameters
     factors = {

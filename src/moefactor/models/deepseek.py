@@ -42,7 +42,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: DeepseekConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         if layer_idx >= config.first_k_dense_replace and layer_idx % config.moe_layer_freq == 0:
-            self.mlp = DeepseekV2Moe(config)
+            self.mlp = DeepseekV2Moe(config)  # type: ignore[assignment, arg-type]  # has the fields that it reads
 
 
 class FusedExperts:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import UserError
+from ..errors import UserError, required
 from ..experts import ExpertLayer
 from ..plan import FORMAT_VERSION, LayerPlan, Plan
 
@@ -24,8 +24,11 @@ STUB_CLASS = "MoefactorForCausalLM"
 class Fields(Protocol):
     """Where config.json has the number of experts and their width: paths of keys, see fields.py."""
 
-    counts: tuple[tuple[str, ...], ...]
-    widths: tuple[tuple[str, ...], ...]
+    @property
+    def counts(self) -> tuple[tuple[str, ...], ...]: ...
+
+    @property
+    def widths(self) -> tuple[tuple[str, ...], ...]: ...
 
 
 def checkpoint_config(
@@ -60,7 +63,7 @@ def checkpoint_config(
 
 def smaller(config: dict, plan: Plan, fields: Fields) -> dict:
     """config.json of an ordinary MoE with the experts and the width that are left."""
-    experts, width = plan.standard()
+    experts, width = required(plan.standard(), "the shape of an ordinary MoE")
     layer = plan.layers[0].layer
     config = {k: v for k, v in config.items() if k != "quantization_config"}  # FP8, undone on reading
     if experts != layer.experts:

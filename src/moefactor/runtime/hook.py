@@ -44,6 +44,8 @@ class _Loader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader  # as if nothing had been in between
+        module.__loader__ = self.loader  # as if nothing had been in between
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         import_module(PLUG_IN)

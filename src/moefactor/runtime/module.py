@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import MethodType
 
 import torch
@@ -24,11 +25,19 @@ class FactorisedExperts(nn.Module):
     """
 
     has_post_expert_norm = False  # a model's own attribute only from transformers 5.20 on
+    # Taken over from the model's own experts.
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+    # Parameters that not every plan has.
+    first_bias: nn.Parameter
+    down_bias: nn.Parameter
+    intercept: nn.Parameter
 
     def __init__(self, plan: LayerPlan, dtype: torch.dtype):
         super().__init__()
         self.layer: ExpertLayer = plan.layer
-        self.forms: dict[str, Form] = plan.forms
+        self.forms: Mapping[str, Form] = plan.forms
         self._kernels: dict[tuple[torch.device, torch.dtype], dict[str, Kernel]] = {}
         specs = {f"{stack}_{name}": s for stack, form in plan.forms.items() for name, s in form.tensors().items()}
         shapes = {name: spec.shape for name, spec in specs.items()}
@@ -53,7 +62,8 @@ class FactorisedExperts(nn.Module):
         for name, child in original.named_children():
             module.add_module(name, child)
         if plan.layer.gated:
-            module._apply_gate = MethodType(type(original)._apply_gate, module)
+            of_class = type(original)._apply_gate  # type: ignore[attr-defined]  # transformers' gated experts have it
+            module._apply_gate = MethodType(of_class, module)
         return module.train(original.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -88,7 +98,7 @@ class FactorisedExperts(nn.Module):
 
     def _constants(self) -> Tensor:
         """(E, H): what each expert adds whatever its input, the model's bias and the intercept."""
-        constants = (
+        constants: Tensor = (
             self.down_bias if self.layer.biased else self.intercept.new_zeros(self.layer.experts, self.layer.hidden)
         )
         if not self.intercept_ids:

@@ -28,7 +28,7 @@ class MoefactorConfig(QuantizationConfigMixin):
 
     def __init__(self, layers: list[dict] | None = None, format_version: int | None = None, **about: object):
         about.pop("quant_method", None)
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
         self.format_version = format_version
         self.layers = layers or []
         for name, value in about.items():
@@ -107,7 +107,7 @@ def _stand_in(module: FactorisedExperts) -> None:
     gone afterwards."""
     for name in WEIGHTS:
         empty = torch.empty(0)
-        empty._is_hf_initialized = True
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
         vars(module)[name] = empty
 
 

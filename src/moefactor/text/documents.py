@@ -9,12 +9,13 @@ from .files import KINDS, read_file, read_folder
 from .hub import DATASETS, LINES, named_rows
 from .rows import documents_of
 from .sources import OWN
+from .tokenizer import Tokenizer
 
 BUILT_IN = "pydoc_data.topics"  # the text that every Python has
 
 
 def read_documents(
-    source: str | None, *, split: str = "train", column: str | None = None, tokenizer: object | None = None
+    source: str | None, *, split: str = "train", column: str | None = None, tokenizer: Tokenizer | None = None
 ) -> list[str]:
     """The documents behind a name.
 
@@ -53,7 +54,7 @@ def read_documents(
     return documents
 
 
-def _dataset(name: str, split: str, column: str | None, tokenizer: object | None) -> list[str]:
+def _dataset(name: str, split: str, column: str | None, tokenizer: Tokenizer | None) -> list[str]:
     rows = named_rows(name, split)
     column = DATASETS[name][2] if name in DATASETS else column
     if name not in LINES:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .rows import COLUMNS, EXPECTED, documents_of
+from .tokenizer import Tokenizer
 
 PLAIN = (".txt", ".md", ".rst")
 # What a folder that `Dataset.save_to_disk` wrote holds.
@@ -16,7 +17,7 @@ SAVED = ("dataset_dict.json", "state.json")
 NAMED = 5  # files at most in a message
 
 
-def read_file(path: Path, column: str | None, tokenizer: object | None) -> list[str]:
+def read_file(path: Path, column: str | None, tokenizer: Tokenizer | None) -> list[str]:
     """The documents of one file: one of a text, one a row of a table."""
     rows = TABLES.get(path.suffix.lower())
     if rows is None:
@@ -24,7 +25,7 @@ def read_file(path: Path, column: str | None, tokenizer: object | None) -> list[
     return documents_of(rows(path, column), str(path), column, tokenizer)
 
 
-def read_folder(folder: Path, split: str, column: str | None, tokenizer: object | None) -> list[str]:
+def read_folder(folder: Path, split: str, column: str | None, tokenizer: Tokenizer | None) -> list[str]:
     """The documents of every file of a kind that is read, in the order of their names; the others are named."""
     if any((folder / name).is_file() for name in SAVED):
         from .hub import saved_rows
@@ -84,8 +85,10 @@ def _lines(path: Path, text: str, whole: Exception | None = None) -> Iterator[ob
         try:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            one = isinstance(whole, json.JSONDecodeError) and path.suffix.lower() == ".json" and number == 1
-            at, wrong = (whole.lineno, whole) if one else (number, error)  # one value over many lines
+            at: int = number
+            wrong: Exception = error
+            if isinstance(whole, json.JSONDecodeError) and path.suffix.lower() == ".json" and number == 1:
+                at, wrong = whole.lineno, whole  # one value over many lines
             why = getattr(wrong, "msg", None) or str(wrong)
             raise UserError(f"{path}, line {at}: not valid JSON ({why}); expected objects with {EXPECTED}.") from None
 
@@ -94,11 +97,13 @@ def _table(value: object, column: str | None) -> Iterable[object]:
     """The rows of a JSON value: of a list, of an object of columns, of one that holds a single list, or one row."""
     if isinstance(value, list):
         return value
+    if not isinstance(value, dict):
+        return [value]
     wanted = (column,) if column else COLUMNS
-    if isinstance(value, dict) and not any(name in value for name in wanted):
+    if not any(name in value for name in wanted):
         lists = [part for part in value.values() if isinstance(part, list)]
         return lists[0] if len(lists) == 1 else [value]
-    columns = [name for name in wanted if isinstance(value, dict) and isinstance(value.get(name), list)]
+    columns = [name for name in wanted if isinstance(value.get(name), list)]
     texts = [name for name in columns if all(isinstance(part, str | None) for part in value[name])]
     chats = [name for name in columns if all(isinstance(part, list) for part in value[name])]
     if texts or chats:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .documents import BUILT_IN
 from .sources import OWN, parse_sources, shares
+from .tokenizer import Tokenizer
 from .windows import read_ids, sample_windows, windows
 
 
@@ -20,7 +21,7 @@ class Reading:
     vocabulary: rows of the model's embedding.  length: tokens a window.
     """
 
-    tokenizer: object
+    tokenizer: Tokenizer
     vocabulary: int
     length: int
     column: str | None = None

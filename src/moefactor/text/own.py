@@ -15,14 +15,15 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from ..errors import UserError
 from ..files import read_tensors, write_tensors
 from ..progress import Progress, Steps, silent
-from .tokenizer import check_vocabulary, start_token
+from .tokenizer import Tokenizer, check_vocabulary, start_token
+from .windows import vocabulary_of
 
 WRITTEN_AT_ONCE = 64  # windows at most, and
 WRITTEN_TOKENS = 1 << 15  # of all of them: what the model keeps of each token can come to more than its weights
 
 
 def write_windows(
-    model: PreTrainedModel, tokenizer: object, count: int, length: int, seed: int, progress: Progress = silent
+    model: PreTrainedModel, tokenizer: Tokenizer, count: int, length: int, seed: int, progress: Progress = silent
 ) -> Tensor:
     """(count, length) token ids that the model writes itself, sampled from its distribution, whatever its
     generation_config says."""
@@ -30,7 +31,7 @@ def write_windows(
     name = model.config.name_or_path
     if start is None:
         raise UserError(f"{name}: its tokenizer has no token that begins a text, so it can't write any.")
-    check_vocabulary(torch.tensor([start]), tokenizer, model.get_input_embeddings().weight.shape[0])
+    check_vocabulary(torch.tensor([start]), tokenizer, vocabulary_of(model))
     at_once = max(1, min(WRITTEN_AT_ONCE, WRITTEN_TOKENS // length))
     steps = Steps(progress, "own text", -(-count // at_once) * length)
 
@@ -77,7 +78,7 @@ def generation_settings(folder: Path) -> dict[str, object]:
     return {}
 
 
-def continue_text(model: PreTrainedModel, tokenizer: object, ids: Tensor, tokens: int, settings: dict) -> Tensor:
+def continue_text(model: PreTrainedModel, tokenizer: Tokenizer, ids: Tensor, tokens: int, settings: dict) -> Tensor:
     """(1, n) -> (1, ≤ n + tokens): the likeliest next token, again and again, until the text ends.
 
     Args:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from ..errors import UserError
+from .tokenizer import Tokenizer
 
 # The columns that are looked for, in this order; --text-column names another.
 CHATS = ("messages", "conversations")
@@ -17,7 +19,7 @@ EXPECTED = "a field 'text', 'messages', or 'prompt' and 'completion' (--text-col
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 
 
-def documents_of(rows: Iterable[object], where: str, column: str | None, tokenizer: object | None) -> list[str]:
+def documents_of(rows: Iterable[object], where: str, column: str | None, tokenizer: Tokenizer | None) -> list[str]:
     """The documents of a file's rows, those without text left out.
 
     Args:
@@ -29,7 +31,7 @@ def documents_of(rows: Iterable[object], where: str, column: str | None, tokeniz
     return [text for text in found if text]
 
 
-def _document(row: object, where: str, column: str | None, tokenizer: object | None) -> str:
+def _document(row: object, where: str, column: str | None, tokenizer: Tokenizer | None) -> str:
     if isinstance(row, str) and column is None:
         return _clean(row)  # a list of texts
     if not isinstance(row, dict):
@@ -43,7 +45,7 @@ def _document(row: object, where: str, column: str | None, tokenizer: object | N
     return _written(_pair(row, where) if both else row.get(chosen), row, chosen, where, tokenizer)
 
 
-def _written(value: object, row: dict, column: str, where: str, tokenizer: object | None) -> str:
+def _written(value: object, row: dict, column: str, where: str, tokenizer: Tokenizer | None) -> str:
     """The value of a column: text as it is, a conversation through the chat template."""
     if value is None:
         return ""
@@ -76,7 +78,7 @@ def _pair(row: dict, where: str) -> object:
     raise UserError(f"{where}: 'prompt' and 'completion' must both be text or both messages.")
 
 
-def _conversation(messages: list[dict], tools: object, where: str, tokenizer: object | None) -> str:
+def _conversation(messages: list[dict], tools: object, where: str, tokenizer: Tokenizer | None) -> str:
     messages = [_message(message, where) for message in messages]
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         if tokenizer is not None:
@@ -86,14 +88,16 @@ def _conversation(messages: list[dict], tools: object, where: str, tokenizer: ob
                 stacklevel=2,
             )
         return "\n\n".join(message["content"] for message in messages if message["content"])
-    extra = {"tools": tools} if isinstance(tools, list) and tools else {}
+    extra: dict[str, Any] = {"tools": tools} if isinstance(tools, list) and tools else {}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **extra)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **extra)
     except Exception as error:  # a template is a program: it raises what it likes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{where}: the chat template of {tokenizer.name_or_path} does not take these messages: {reason}"
         ) from None
+    assert isinstance(text, str)  # one conversation, not tokenised
+    return text
 
 
 def _message(message: dict, where: str) -> dict:

@@ -87,7 +87,7 @@ def own_weight(name: str | None) -> float:
 def with_own(name: str | None) -> str:
     """The same sources with as much text that the model writes beside them; that alone where none was named."""
     every = parse_sources(name)
-    if any(source.name == OWN for source in every):
+    if name is not None and any(source.name == OWN for source in every):
         return name
     if len(every) > 1:
         return f"{name},{Source(OWN, sum(source.weight for source in every), given=True)}"

@@ -6,17 +6,18 @@ import json
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ..discover import own_code_refused, read_config
 from ..errors import UserError
 
+Tokenizer = PreTrainedTokenizerBase
 # What ends a document where a chat model's eos_token ends a turn: Qwen and gpt-oss, Llama 3, Kimi.
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "[EOS]")
 
 
-def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> object:
+def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a model's folder. One with code of its own only if that is trusted; nothing is asked."""
     folder = Path(folder)
     own = _own_class(folder)
@@ -53,12 +54,12 @@ def _own_class(folder: Path) -> str | None:
     return next((str(name) for name in ([named] if isinstance(named, str) else named) if name), None)
 
 
-def start_token(tokenizer: object) -> int | None:
+def start_token(tokenizer: Tokenizer) -> int | None:
     """What a text begins after: the first token of a document, or the last of the one before."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
-def separator(tokenizer: object) -> tuple[list[int], list[int]]:
+def separator(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """What the model was trained to see at the end of a document, and at the beginning of the next; [] where nothing.
 
     The end is eos_token, unless there is one for documents beside that for turns. The beginning is what the tokenizer
@@ -71,7 +72,7 @@ def separator(tokenizer: object) -> tuple[list[int], list[int]]:
     return [end] if end is not None else [], [begin] if begins and begin != end else []
 
 
-def check_vocabulary(ids: Tensor, tokenizer: object, vocabulary: int) -> Tensor:
+def check_vocabulary(ids: Tensor, tokenizer: Tokenizer, vocabulary: int) -> Tensor:
     """The ids, all below `vocabulary`, the rows of the model's embedding; UserError with the first that is not."""
     if len(ids) and int(ids.max()) >= vocabulary:
         beyond = int(ids[ids >= vocabulary][0])

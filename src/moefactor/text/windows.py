@@ -6,16 +6,24 @@ import re
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UserError
 from .documents import read_documents
-from .tokenizer import check_vocabulary, separator
+from .tokenizer import Tokenizer, check_vocabulary, separator
 
 PIECE = 1 << 16  # characters tokenised at a time
 LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
 
 
-def model_length(config: object, wanted: int | None, default: int = 2048) -> int:
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Token ids that a model knows: rows of its embedding."""
+    rows = model.get_input_embeddings().weight
+    assert isinstance(rows, Tensor)
+    return len(rows)
+
+
+def model_length(config: PretrainedConfig, wanted: int | None, default: int = 2048) -> int:
     """Tokens a window: what was asked for, or 2048, or the most the model takes."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or default
     if wanted is not None and wanted < 2:
@@ -25,7 +33,7 @@ def model_length(config: object, wanted: int | None, default: int = 2048) -> int
     return wanted or min(default, most)
 
 
-def tokenise(tokenizer: object, text: str) -> Tensor:
+def tokenise(tokenizer: Tokenizer, text: str) -> Tensor:
     """(tokens,) ids of a text, whatever its length; special tokens that are written out in it are those tokens.
 
     In pieces that end with a line, before one that begins with a word, since the tokenizer's own bookkeeping takes
@@ -41,7 +49,7 @@ def tokenise(tokenizer: object, text: str) -> Tensor:
     return torch.cat(parts)
 
 
-def tokenise_documents(tokenizer: object, documents: list[str]) -> Tensor:
+def tokenise_documents(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
     """(tokens,) ids of documents one after the other, with what the model was trained to see between two; a blank line
     where its tokenizer has no such token.
 
@@ -68,7 +76,7 @@ def _between(before: Tensor, after: Tensor, end: list[int], begin: list[int]) ->
 
 
 def read_ids(
-    source: str | None, tokenizer: object, vocabulary: int, *, split: str = "train", column: str | None = None
+    source: str | None, tokenizer: Tokenizer, vocabulary: int, *, split: str = "train", column: str | None = None
 ) -> Tensor:
     """(tokens,) ids of all that stands behind a name, see read_documents. `vocabulary`: rows of the model's embedding.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...allocate import Budget
-from ...errors import UserError, located
+from ...errors import UserError, located, required
 from ...experts import CompressedExperts, ExpertWeights
 from ...fitting.channels import kept_biases
 from ...fitting.linalg import weighted_least_squares
@@ -114,7 +114,7 @@ def factorise(
     tensors |= _down_tensors(cut, plan, tensors)
     if layer.biased:
         biases = [kept_biases(weights, e, k, layer.intermediate) for e, k in enumerate(cut.kept)]
-        tensors |= {"first_bias": torch.stack(biases), "down_bias": weights.down_bias}
+        tensors |= {"first_bias": torch.stack(biases), "down_bias": required(weights.down_bias, "down_bias")}
     errors = {name: relative_first_error(cut, rebuilt)}
     return CompressedExperts(layer, dict(plan.forms), tensors, errors, curves)
 

@@ -153,9 +153,9 @@ def mixture_problem(cut: Cut, side: Side, activation: str) -> Problem:
         rights = torch.stack([right(e).float() for e in range(metrics.layer.experts)])
         rights /= rights.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
     # Levels near 1, or float32 runs out; none of it changes the minimum.
-    level = padded[padded != 0].std() if (padded != 0).sum() > 1 else torch.tensor(1.0)
+    deviation = padded[padded != 0].std() if (padded != 0).sum() > 1 else torch.tensor(1.0)
     lefts = lefts / lefts.abs().max().clamp(min=1e-30)
-    level = float(level.clamp(min=1e-12))
+    level = float(deviation.clamp(min=1e-12))
     return Problem(padded / level, activation, right=rights, left=lefts.float(), level=level)
 
 

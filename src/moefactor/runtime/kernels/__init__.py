@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from ...forms import Form, Ragged
 from ...routing import Routing
@@ -54,7 +55,7 @@ def _ways(kernel: type[Kernel], hindrance: Callable[..., str | None] = grouped_h
     )
 
 
-def _around(kernel: type[Kernel], inner: str) -> tuple[Way, ...]:
+def _around(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> tuple[Way, ...]:
     """A kernel around the best one of the form in the field `inner`."""
 
     def build(form: Form, setting: Setting) -> Kernel:

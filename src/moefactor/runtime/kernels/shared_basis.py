@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...errors import required
 from ...forms import SharedBasis, SharedPrivate
 from ...forms.base import Factors
 from ...forms.shared_basis import Bucket
@@ -45,7 +46,7 @@ class SharedBasisKernel(Kernel[SharedBasis]):
         return self._unsort(parts, routing)
 
     def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        total = None
+        total: Tensor | None = None
         for part in self._parts(routing):
             basis = factors[part.bucket.basis]
             latent = self._inward(factors, activations, part)  # (pairs, r)
@@ -60,7 +61,7 @@ class SharedBasisKernel(Kernel[SharedBasis]):
                 rows = self.linear(weighted.to(basis.dtype), basis, part.group_offsets)
                 out = weighted.new_zeros(routing.tokens, self.form.hidden).index_add_(0, part.token, rows.float())
             total = out if total is None else total + out
-        return total.to(activations.dtype)
+        return required(total, "a group of experts").to(activations.dtype)
 
     def _inward(self, factors: Factors, activations: Tensor, part: _Part) -> Tensor:
         rows = activations if part.rows is None else activations[part.rows]
