@@ -3,26 +3,26 @@ PYTHON ?= python3
 # A version of transformers for `make test-with`.
 TRANSFORMERS ?=
 
-.PHONY: demo test test-oldest test-with coverage lint types clean
+# Two tests at a time: more than the smallest machine has cores for would only wait for each other.
+PYTEST := -m pytest -n 2
+
+.PHONY: demo test test-oldest test-with lint types clean
 
 demo: .venv/.ready
 	.venv/bin/python benchmarks/demo.py
 
+# The tests, and the lines of each file that none of them runs.
 test: .venv/.ready
-	.venv/bin/python -m pytest
+	.venv/bin/python $(PYTEST) --cov
 
 # The lowest versions that pyproject.toml takes.
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python $(PYTEST)
 
 # SGLang's, for one: make test-with TRANSFORMERS=5.19.0
 test-with: $(if $(TRANSFORMERS),.venv-$(TRANSFORMERS)/.ready)
 	@test -n "$(TRANSFORMERS)" || { echo "error: say which: make test-with TRANSFORMERS=5.19.0" >&2; exit 1; }
-	.venv-$(TRANSFORMERS)/bin/python -m pytest
-
-# The tests, and the lines of each file that none of them runs.
-coverage: .venv/.ready
-	.venv/bin/python -m pytest --cov
+	.venv-$(TRANSFORMERS)/bin/python $(PYTEST)
 
 lint: .venv/.ready
 	.venv/bin/python -m ruff check .

@@ -27,6 +27,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moefactor.stages import Recipe
+
 REFERENCE = Path(__file__).resolve().parents[1] / "assets" / "reference-moe"
 METHODS = ("svd", "whitened_svd", "shared_basis", "rfid", "biaxial")
 MEGABYTE = 1_000_000
@@ -80,9 +82,10 @@ def largest_layer(folder: Path) -> int:
 def measure(size: str, method: str, model: Path, folder: Path, samples: int) -> Peak:
     command = [
         sys.executable, "-m", "moefactor.cli", "compress", str(model), "--method", method, "--ratio", "0.4",
-        "--samples", str(samples), "--seqlen", "256", "--device", "cpu", "--output", str(folder / "out"),
+        "--device", "cpu", "--output", str(folder / "out"),
     ]  # fmt: skip
-    command += ["--own-text", "0"]  # writing text holds the whole model
+    if Recipe.of(method, {}).reads_text:  # of its own it would write some, which holds the whole model
+        command += ["--samples", str(samples), "--seqlen", "256", "--own-text", "0"]
     started = time.perf_counter()
     with open(folder / "log", "w+") as log:
         # Threads that wait for each other on small matrices can take fifty times as long.

@@ -5,7 +5,7 @@
     python benchmarks/mixture_prices.py --model results/second-moe --form linear
 
 Logs of the loss relative to the stack's own: the short fit alone, what is foretold, the long fit (600 steps). The last
-column is what UNFINISHED (methods/biaxial_mixture.py) would have to be for the short fit to foretell the long one.
+column is what UNFINISHED (methods/biaxial/mixtures.py) would have to be for the short fit to foretell the long one.
 Prints a table, writes JSON.
 """
 

@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import moefactor
+from moefactor.stages import Recipe
 from moefactor.text import OWN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,12 +145,11 @@ def run_row(
 ) -> dict:  # fmt: skip
     if calibration in (None, OWN):
         options = {name: value for name, value in options.items() if name not in GIVEN}
+    reads = Recipe.of(method, {n: v for n, v in options.items() if n not in GIVEN}).reads_text
+    text = {"calibration": calibration, "samples": samples, "seqlen": 256} if reads else {}
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        out = moefactor.compress(
-            str(model), method, ratio, Path(folder) / "out", calibration=calibration, samples=samples,
-            seqlen=256, **options,
-        )  # fmt: skip
+        out = moefactor.compress(str(model), method, ratio, Path(folder) / "out", **text, **options)
         seconds = time.perf_counter() - started
         return {"seconds": seconds, **measure(out, data)}
 

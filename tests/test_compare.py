@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,3 +223,50 @@ def test_what_static_pruning_saves_the_deltas_may_spend() -> None:
         offers = method.price(weights, None, None, seed=0, **options)
         ranks[share] = (int(0.6 * weights.layer.parameter_count) - offers.fixed) / offers.offers[0].unit_cost
     assert ranks[0.5] > ranks[0.0] + 1
+
+
+def test_a_method_is_measured_as_it_is_shipped(
+    source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """biaxial with text of its own, as `compress` does it; the others with the text as it is."""
+    import moefactor
+    from moefactor.methods.biaxial import mixtures, planning
+
+    monkeypatch.setattr(mixtures, "STEPS", 3)
+    monkeypatch.setattr(planning, "SHARES", (0.1, 0.3))
+    how = {"calibration": str(text_file), "samples": 4, "seqlen": 16}
+    options = {"form": "fast", "refine_steps": 2}
+    contenders = [Contender("ours", "biaxial", options), Contender("rfid", "rfid", {})]
+
+    def row(output: str, **changes: object) -> dict:
+        rows = compare(
+            str(source), contenders, [0.3], tmp_path / output, texts=[str(text_file)], window=32, max_windows=4,
+            device="cpu", **how, **changes,
+        )  # fmt: skip
+        assert {p.name for p in (tmp_path / output).iterdir() if p.is_dir()} >= {"calibration"}
+        return next(r for r in rows if r["label"] == "ours")
+
+    out = moefactor.compress(str(source), "biaxial", 0.3, tmp_path / "shipped", **how, **options)
+    shipped = moefactor.evaluate(str(out), [str(text_file)], window=32, max_windows=4)
+    assert row("own")["mean_perplexity"] == pytest.approx(shipped.mean_perplexity, rel=1e-6)
+    assert row("given", own_text=0.0)["mean_perplexity"] != pytest.approx(shipped.mean_perplexity, rel=1e-6)
+
+
+def test_stale_folders_are_not_measured(source: Path, text_file: Path, tmp_path: Path) -> None:
+    """results.json removed, the models left: they may be of another question, so they are made again."""
+    asked(source, tmp_path / "out", text_file, keep=True)
+    (tmp_path / "out" / "results.json").unlink()
+    kept = sorted((tmp_path / "out" / "models").iterdir())
+    assert kept
+    for folder in kept:
+        (folder / "model-00001-of-00003.safetensors").unlink(missing_ok=True)
+    rows = asked(source, tmp_path / "out", text_file, keep=True)
+    assert all("error" not in row for row in rows if row["label"] != "gate only")
+    (tmp_path / "out" / "results.json").unlink()
+    for folder in kept:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "mine.txt").write_text("not a model of moefactor's")
+    rows = asked(source, tmp_path / "out", text_file)
+    assert "is not a model that moefactor made" in rows[1]["error"]
+    assert (kept[0] / "mine.txt").is_file()

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -321,3 +322,80 @@ def test_factors_that_are_no_numbers_stop_the_run(
     with pytest.raises(UserError, match=r"^model\.layers\.0\.mlp\.experts gate(_up)?: expert \d is not finite"):
         moefactor.compress(**how)
     assert not RunFolder(tmp_path / "run").layer_file(0).exists()
+
+
+# -- a full disk, and what is said of it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", ["stats", "layers", "shard"])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(after: str, source: Path, text_file: Path, tmp_path: Path):
+    """In a process whose files may not grow beyond some bytes: told with the file's name, and resumed with room."""
+    how = job(source, text_file, tmp_path, "channels")
+    limit = {"stats": 8_000, "layers": 40_000, "shard": 60_000}[after]
+    code = """
+import json, resource, sys
+import torch
+import moefactor
+torch.set_num_threads(1)
+how, limit = json.loads(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    moefactor.compress(**how)
+except (moefactor.UserError, OSError) as error:
+    print(type(error).__name__, error)
+    sys.exit(7)
+"""
+    words = {key: str(value) if isinstance(value, Path) else value for key, value in how.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(words), str(limit)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "too large" in done.stdout
+    assert not (tmp_path / "out").exists()
+    out = moefactor.compress(**how)
+    straight = moefactor.compress(**how | {"run": tmp_path / "straight", "output": tmp_path / "straight.out"})
+    weights = [name for name in digests(out) if name.endswith(".safetensors")]
+    assert {n: digests(out)[n] for n in weights} == {n: digests(straight)[n] for n in weights}
+
+
+def test_the_report_says_what_a_sequential_run_read(source: Path, text_file: Path, tmp_path: Path) -> None:
+    out = moefactor.compress(**job(source, text_file, tmp_path))
+    report = json.loads((out / "compression.json").read_text())
+    assert report["calibration"]["source"] == str(text_file)
+    assert report["calibration"]["samples"] == 4
+
+
+# -- methods of other packages ---------------------------------------------------------------------------------------
+
+THEIRS = """
+from moefactor.methods.base import lift
+from moefactor.methods.svd import factorise, offers
+
+METHOD = lift("mine", "an SVD by another name", "nobody", offers, factorise, description="Mine.", joint=True)
+NOTHING = 3
+"""
+
+
+def test_methods_of_other_packages(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Registered by an entry point; they run like ours, and what is none is refused by name."""
+    package = tmp_path / "site"
+    info = package / "theirs-1.0.dist-info"
+    info.mkdir(parents=True)
+    (package / "theirs.py").write_text(THEIRS)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    points = "[moefactor.methods]\nmine = theirs:METHOD\nnothing = theirs:NOTHING\ngone = theirs:GONE\n"
+    (info / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.setattr("moefactor.methods.METHODS", dict(METHODS))
+    code, _, said = command("compress", source, "-m", "mine", "-r", 0.4, "-o", tmp_path / "out")
+    assert code == 0, said
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["method"] == "mine"
+    assert (
+        "theirs:NOTHING is a int, not a moefactor Method"
+        in command("compress", source, "-m", "nothing", "-o", tmp_path / "no")[2]
+    )
+    assert "theirs:GONE, can't be loaded" in command("compress", source, "-m", "gone", "-o", tmp_path / "no")[2]
+    assert "Did you mean 'mine'" in command("compress", source, "-m", "mien", "-o", tmp_path / "no")[2]

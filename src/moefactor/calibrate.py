@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import UserError, required, unknown
 from .files import digest_of
-from .identity import CALIBRATION, maths_version
+from .identity import CALIBRATION, maths_version, structure_of
 from .loading import load
 from .methods import Method
 from .observing import observe, observe_gradients
@@ -83,7 +83,8 @@ class Calibration:
                 )
                 return write_windows(whole, tokenizer, missing, length, seed, progress)
 
-            parts.append(kept_windows(kept, (model.name, missing, length, seed), write))
+            writer = digest_of(structure_of(model.reader.checkpoint)), str(model.dtype), maths_version("text")
+            parts.append(kept_windows(kept, (*writer, missing, length, seed), write))
         chosen = torch.cat(parts)
         description = {
             "source": source or next(iter(counts), OWN), "windows": counts, "text_column": text_column,

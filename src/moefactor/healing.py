@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, refuse_existing, resolve
 from .errors import NotFinite, UserError, unknown
 from .fields import routers
-from .files import file_digest, locked, replacing
+from .files import digest_of, file_digest, locked, replacing
 from .fitting.descent import Kept, descend
 from .fitting.soap import Soap, falling
+from .identity import maths_version
 from .loading import Model, load
 from .progress import Progress, Steps, silent
 from .runtime.module import FactorisedExperts
@@ -146,7 +147,8 @@ def _heal(
     share = min(0.5, own_weight(text))
     own = min(OWN_WINDOWS, max(HELD_OUT, int(steps * max(1, BATCH // length) * share))) if share else 0
     reading = Reading(load_tokenizer(folder, trust_remote_code), vocabulary_of(model), length, text_column)
-    every = _windows(dense, reading, text, own, seed, place / OWN_TEXT, progress)
+    dense_digest = _weights_digest(resolve(teacher))
+    every = _windows(dense, dense_digest, reading, text, own, seed, place / OWN_TEXT, progress)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     aside = min(HELD_OUT, len(every) // 10)
     if aside < 1:
@@ -159,9 +161,9 @@ def _heal(
     if train == "all":
         rates = {n: rates.get(n, REST * rate) for n, p in model.named_parameters() if p.is_floating_point()}
     job = _Healing(model, dense, rates, seen, steps, labels, seed, place)
-    files = sorted(set(Checkpoint(folder).files.values()))
     given = hashlib.sha256(every.numpy().tobytes()).hexdigest()
-    about = [*map(file_digest, files), steps, rate, labels, train, seed, length, given]
+    weights = _weights_digest(folder), dense_digest, maths_version("healing", "fitting")
+    about = [*weights, steps, rate, labels, train, seed, length, given]
     healing = job.go(held, hashlib.sha256(repr(about).encode()).hexdigest(), progress)
     _write(folder, model, job.kept.best, output, healing)
     job.forget()
@@ -378,15 +380,21 @@ class _Healing:
             self.file.parent.rmdir()
 
 
+def _weights_digest(folder: Path) -> str:
+    """Of all bytes of a folder's shards, which are read whole here in any case."""
+    return digest_of([file_digest(path) for path in sorted(set(Checkpoint(folder).files.values()))])
+
+
 def _windows(
-    dense: Model, reading: Reading, text: str | None, count: int, seed: int, kept: Path, progress: Progress
-) -> Tensor:
+    dense: Model, dense_digest: str, reading: Reading, text: str | None, count: int, seed: int, kept: Path,
+    progress: Progress,
+) -> Tensor:  # fmt: skip
     """All of a text, and `count` windows of the dense model's own."""
     parts, length = [], reading.length
     if own_weight(text) < 1:
         parts.append(all_windows(reading, text))
     if count:
-        about = (dense.config.name_or_path, count, length, seed)
+        about = (dense_digest, maths_version("text"), count, length, seed)
         parts.append(
             kept_windows(kept, about, lambda: write_windows(dense, reading.tokenizer, count, length, seed, progress))
         )

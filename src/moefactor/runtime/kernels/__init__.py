@@ -1,4 +1,5 @@
-"""How forms are run. `KERNELS` is the table: for each form the ways to run it, the fastest first, the reference last.
+"""How forms are run. `KERNELS` is the table: for each form the ways to run it, the fastest first, the reference last,
+which is all that a form without a line here has.
 
 Each says what it can serve (device, dtype, shapes), and why not in words. A new kernel is a class and a line here.
 """
@@ -77,9 +78,14 @@ KERNELS: dict[str, tuple[Way, ...]] = {
 }
 
 
+def ways(form: Form) -> tuple[Way, ...]:
+    """All ways to run a form, the fastest first."""
+    return KERNELS.get(form.name, (REFERENCE,))
+
+
 def way(form: Form, setting: Setting) -> Way:
     """The first of the form's ways that nothing hinders; the reference serves everything."""
-    return next(way for way in KERNELS[form.name] if way.hindrance(form, setting) is None)
+    return next(way for way in ways(form) if way.hindrance(form, setting) is None)
 
 
 def choose(form: Form, setting: Setting) -> Kernel:
@@ -90,7 +96,7 @@ def choose(form: Form, setting: Setting) -> Kernel:
 def why_not(form: Form, setting: Setting) -> list[tuple[str, str]]:
     """(way, why it can't serve here) of those that would be faster than the chosen one, inner forms included."""
     found = []
-    for candidate in KERNELS[form.name]:
+    for candidate in ways(form):
         hindrance = candidate.hindrance(form, setting)
         if hindrance is None:
             break

@@ -1,0 +1,134 @@
+"""Commands that look: at a model, at methods and kernels, at what compression cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+import typer
+from rich.table import Table
+
+from ..evaluation import evaluate as evaluate_verb
+from ..generate import generate as generate_verb
+from ..inspection import inspect as inspect_verb
+from ..inspection import kernels_of
+from ..methods import available, get
+from .shared import (
+    DTYPES,
+    Bars,
+    Column,
+    Device,
+    Dtype,
+    Model,
+    Ratio,
+    Trust,
+    app,
+    console,
+)
+from .tables import evaluation_table, kernel_table, size
+
+
+@app.command()
+def inspect(model: Model, ratio: Ratio = 0.4, trust_remote_code: Trust = False) -> None:
+    """What is in a model, and what it would shrink to. Reads no weights."""
+    found = inspect_verb(model, trust_remote_code=trust_remote_code)
+    first = found.layers[0]
+    table = Table(title=f"{model} ({found.model_type})", title_justify="left", show_header=False)
+    same = all((e.experts, e.intermediate) == (first.experts, first.intermediate) for e in found.layers)
+    table.add_row("expert layers", f"{len(found.layers)}, {first.decoder_layer} to {found.layers[-1].decoder_layer}")
+    table.add_row("experts a layer", f"{first.experts}" + ("" if same else " (the first layer's)"))
+    table.add_row("hidden × intermediate", f"{first.hidden} × {first.intermediate}")
+    table.add_row("projections", ", ".join(first.projections) + (", with biases" if first.biased else ""))
+    share = found.expert_parameters / found.parameters
+    table.add_row("parameters", f"{found.parameters:,}, {share:.0%} of them in routed experts")
+    table.add_row("on disk", f"{size(found.bytes)} ({found.dtype})")
+    for r in sorted({0.2, ratio, 0.6}):
+        left, removed = found.shrunk(r)
+        table.add_row(f"--ratio {r}", f"{left:,} parameters left, {removed:.0%} of the model removed")
+    console.print(table)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="A compressed folder: how its forms would be run here, and why not faster.")
+    ] = None,
+    device: Device = None, dtype: Annotated[Dtype, typer.Option(help="With --kernels; auto: the folder's.")] = "auto",
+) -> None:  # fmt: skip
+    """The compression methods; with a name, that method's options."""
+    if kernels is not None:
+        console.print(
+            kernel_table(kernels_of(kernels, device=device, dtype=None if dtype == "auto" else DTYPES[dtype]))
+        )
+        return
+    if name is None:
+        table = Table("method", "what it does", "paper")
+        for method in map(get, available()):
+            table.add_row(method.name, method.summary, method.paper)
+        console.print(table)
+        return
+    method = get(name)
+    table = Table("option", "default", "values")
+    for option, parameter in method.options.items():
+        default = parameter.default
+        shown = ",".join(default) if isinstance(default, tuple) else str(default)
+        kind = parameter.annotation
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        described = " | ".join(choices) or ("a,b,c" if get_origin(kind) is tuple else kind.__name__)
+        table.add_row(f"--{option.replace('_', '-')}", shown, described)
+    console.print(method.description, markup=False, highlight=False)
+    console.print(table)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="A second model to compare with, usually the dense one.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File, folder or dataset (test split); repeat for several.", show_default="Python's reference"
+        ),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
+    device: Device = None,
+    dtype: Annotated[Dtype, typer.Option(help="To load and run in; auto: the checkpoint's own.")] = "auto",
+    json_output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    text_column: Column = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity, tokens a second, bytes on disk and in memory."""
+    names = [model] if against is None else [against, model]
+    with Bars() as bars:
+        results = []
+        for name in names:
+
+            def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+                bars(detail or stage, done, total)
+
+            results.append(
+                evaluate_verb(
+                    name, text or [None], window=window, max_windows=max_windows, batch_size=batch_size,
+                    device=device, dtype=dtype, text_column=text_column, trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )
+            )  # fmt: skip
+    console.print(evaluation_table(results))
+    if json_output:
+        json_output.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+
+
+@app.command()
+def generate(
+    model: Model, prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="How many new ones at most.", min=1)] = 50, device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Continue a prompt, greedily."""
+    said = generate_verb(model, prompt, tokens=tokens, device=device, trust_remote_code=trust_remote_code)
+    console.print(said, markup=False, highlight=False)

@@ -1,0 +1,232 @@
+"""Commands that make something: the stages, alone and in order, healing, and methods side by side."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from ..checkpoint import refuse_existing
+from ..comparison import Contender
+from ..comparison import compare as compare_verb
+from ..compression import compress as compress_verb
+from ..coverage import Coverage
+from ..errors import UserError
+from ..export import export_dense
+from ..files import locked
+from ..healing import LABELS, Trained
+from ..healing import heal as heal_verb
+from ..plan import Plan
+from ..run_folder import RunFolder
+from ..stages import Recipe, Run, planned_recipe
+from ..stats import STATISTICS
+from ..streaming import StreamedModel, default_device
+from .shared import (
+    METHOD_FLAGS,
+    Allocation,
+    Bars,
+    Column,
+    Device,
+    DropMtp,
+    Dtype,
+    MethodName,
+    Model,
+    Output,
+    OwnText,
+    RankMultiple,
+    Ratio,
+    RunOption,
+    Samples,
+    Seed,
+    Seqlen,
+    Sequential,
+    Text,
+    Trust,
+    app,
+    console,
+    method_options,
+)
+from .tables import comparison_table, coverage_table, plan_table, validation_table
+
+
+@app.command(context_settings=METHOD_FLAGS)
+def compress(
+    context: typer.Context, model: Model, output: Output, method: MethodName = "biaxial", ratio: Ratio = 0.4,
+    calibration: Text = None, own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
+    sequential: Sequential = True, allocation: Allocation = None, rank_multiple: RankMultiple = None,
+    device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
+    heal: Annotated[
+        int, typer.Option(help="Steps of distillation from the dense model afterwards; both must fit in memory.", min=0)
+    ] = 0,
+    drop_mtp: DropMtp = False,
+    run: Annotated[
+        Path | None, typer.Option(help="Keep the run folder here.", show_default="OUTPUT.run, removed at the end")
+    ] = None,
+) -> None:  # fmt: skip
+    """Calibrate, plan, factorise, write: a checkpoint that plain from_pretrained loads.
+
+    The method's own options are flags too, see `moefactor methods NAME`: --group-size 8 --projections gate,up,down.
+    A killed run goes on where it was when the same command is given again.
+    """
+    options = method_options(context.args)
+    with Bars() as bars:
+        compress_verb(
+            model, method, ratio, output, calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen,
+            seed=seed, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device,
+            heal=heal, drop_mtp=drop_mtp, run=run, text_column=text_column,
+            trust_remote_code=trust_remote_code, progress=bars, on_coverage=show_coverage, **options,
+        )  # fmt: skip
+    console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
+
+
+@app.command(context_settings=METHOD_FLAGS)
+def calibrate(
+    context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", calibration: Text = None,
+    own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
+    text_column: Column = None, trust_remote_code: Trust = False,
+    statistics: Annotated[
+        str | None,
+        typer.Option(help=f"Which to collect: {', '.join(STATISTICS)}.", show_default="all that --method reads"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Stage 1: what each layer's experts see. Writes RUN/stats."""
+    recipe = Recipe.of(
+        method, method_options(context.args), calibration=calibration, own_text=own_text, samples=samples,
+        seqlen=seqlen, seed=seed, sequential=False, text_column=text_column,
+    )  # fmt: skip
+    needs = set(statistics.split(",")) if statistics else recipe.all_statistics
+    recipe.check()
+    told = f"Wrote {run}/stats." if needs else f"{method} reads no statistics with these options."
+    with Bars() as bars:
+        streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
+        Run(streamed, recipe, RunFolder(run), bars, show_coverage).calibrate(needs)
+    console.print(f"{told} Next: moefactor plan {model} --run {run} --method {method}")
+
+
+@app.command(context_settings=METHOD_FLAGS)
+def plan(
+    context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: Ratio = 0.4,
+    seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks, write nothing.")] = False,
+) -> None:  # fmt: skip
+    """Stage 2: which layer and group gets which rank. Writes RUN/plan.json, which you may edit."""
+    recipe = Recipe.of(
+        method, method_options(context.args), ratio=ratio, allocation=allocation, rank_multiple=rank_multiple, seed=seed
+    )
+    with Bars() as bars, TemporaryDirectory() as nowhere:
+        folder = RunFolder(nowhere if dry_run and not run.exists() else run)
+        streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
+        work = Run(streamed, recipe, folder, bars)
+        work.check()
+        made = work.plan()
+    console.print(plan_table(made))
+    if not dry_run:
+        work.folder.write_plan(made)
+        console.print(f"Wrote {work.folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
+
+
+@app.command()
+def factorise(
+    model: Model, run: RunOption, output: Output, calibration: Text = None, own_text: OwnText = None,
+    samples: Samples = 256, seqlen: Seqlen = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    sequential: Sequential = True, device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
+    drop_mtp: DropMtp = False,
+) -> None:  # fmt: skip
+    """Stage 3: the factors of every layer, from weights, statistics and RUN/plan.json; then the checkpoint."""
+    refuse_existing(output)
+    streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
+    folder = RunFolder(run)
+    recipe, made = planned_recipe(
+        Plan.read(folder.plan, streamed.experts), calibration=calibration, own_text=own_text, samples=samples,
+        seqlen=seqlen, seed=seed, sequential=sequential, text_column=text_column,
+        drop_mtp=drop_mtp,
+    )  # fmt: skip
+    with Bars() as bars, locked(output.with_name(f".{output.name}.lock"), str(output)):
+        work = Run(streamed, recipe, folder, bars, show_coverage)
+        work.check()
+        work.factorise(made)
+        work.write(made, output, f"moefactor factorise {model} --run RUN -o {output.name}")
+    console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
+
+
+@app.command()
+def heal(
+    model: Annotated[str, typer.Argument(help="Folder of a compressed model.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help="The dense model that it was made from.", show_default=False)],
+    output: Output, steps: Annotated[int, typer.Option(help="At most; of 2048 tokens each.", min=1)] = 800,
+    calibration: Text = None, seqlen: Seqlen = None,
+    labels: Annotated[
+        float, typer.Option(help="Weight of the text's own next tokens; 0: the dense model's word alone.", min=0)
+    ] = LABELS,
+    train: Annotated[Trained, typer.Option(help="The experts with routers and norms, or all parameters.")] = "all",
+    seed: Seed = 0, device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Train a compressed model to give what the dense model gives. Resumes; never farther from it on held-out text."""
+    with Bars() as bars:
+        healed = heal_verb(
+            model, teacher, output, steps=steps, text=calibration, seqlen=seqlen, labels=labels, train=train,
+            seed=seed, device=device, text_column=text_column, trust_remote_code=trust_remote_code, progress=bars,
+        )  # fmt: skip
+    console.print(validation_table(healed))
+    console.print(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")
+
+
+@app.command()
+def compare(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results.json; a stopped run goes on.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "svd,whitened_svd,rfid",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help='One more, with options: --also "mobe --projections gate,up,down". Repeat for several.'),
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="Comma-separated.")] = "0.2,0.4,0.6",
+    text: Annotated[list[str] | None, typer.Option(help="To measure on; repeat for several.")] = None,
+    calibration: Text = None, own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
+    window: Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all", min=1)] = None,
+    device: Device = None, dtype: Annotated[Dtype, typer.Option(help="To measure in.")] = "auto",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed models.")] = False,
+    text_column: Column = None, trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Several methods at several ratios on one calibration: perplexity, parameters, bytes, seconds, speed."""
+    contenders = [Contender(name.strip(), name.strip(), {}) for name in methods.split(",") if name.strip()]
+    for line in also or []:
+        name, *arguments = shlex.split(line)
+        contenders.append(Contender(line, name, method_options(arguments)))
+    try:
+        wanted = [float(ratio) for ratio in ratios.split(",")]
+    except ValueError:
+        raise UserError(f"--ratios: expected numbers like 0.2,0.4, found {ratios!r}.") from None
+    with Bars() as bars:
+        rows = compare_verb(
+            model, contenders, wanted, output, texts=text or [None], calibration=calibration,
+            own_text=own_text, samples=samples, seqlen=seqlen, seed=seed, window=window, max_windows=max_windows,
+            device=device, dtype=dtype, keep=keep, text_column=text_column, trust_remote_code=trust_remote_code,
+            progress=bars,
+        )  # fmt: skip
+    console.print(comparison_table(rows))
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Output,
+    dense: Annotated[bool, typer.Option("--dense", help="Rebuild every expert; the only target there is yet.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """An ordinary MoE checkpoint again, for engines that know nothing of moefactor."""
+    if not dense:
+        raise UserError("Say what to export to: --dense rebuilds every expert.")
+    with Bars() as bars:
+        export_dense(model, output, trust_remote_code=trust_remote_code, progress=bars)
+    console.print(f"Wrote {output}, of the original's size and layout.")
+
+
+def show_coverage(rows: list[Coverage]) -> None:
+    console.print(coverage_table(rows))
