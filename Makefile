@@ -24,7 +24,7 @@ test-with: $(if $(TRANSFORMERS),.venv-$(TRANSFORMERS)/.ready)
 	@test -n "$(TRANSFORMERS)" || { echo "error: say which: make test-with TRANSFORMERS=5.19.0" >&2; exit 1; }
 	.venv-$(TRANSFORMERS)/bin/python $(PYTEST)
 
-lint: .venv/.ready
+lint: .venv/.ready types
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 

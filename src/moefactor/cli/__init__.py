@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.text import Text as RichText
@@ -28,18 +28,21 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 @app.callback()
 def _root(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
-    _root.debug = debug
+    vars(_root)["debug"] = debug
 
 
 def main() -> None:
     """Entry point: a user's mistake is one red line and exit code 2, a warning of ours a yellow one."""
     shown = warnings.showwarning
 
-    def show(message: Warning, category: type, file: str, *rest: object) -> None:
-        if category is UserWarning and "moefactor" in file:
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:  # fmt: skip
+        if category is UserWarning and "moefactor" in filename:
             errors.print(RichText.assemble(("note:", "bold yellow"), f" {message}"), soft_wrap=True)
         else:
-            shown(message, category, file, *rest)
+            shown(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show
     try:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
 from ..allocate import RULES
@@ -91,7 +91,7 @@ class Bars:
             TextColumn("[dim]{task.fields[detail]}"),
         )  # fmt: skip
         self.bar = RichBar(*columns, console=errors)
-        self.tasks: dict[str, int] = {}
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bars:
         self.bar.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -66,7 +67,7 @@ def evaluation_table(results: list[Evaluation]) -> Table:
     """One column a model; with two, how the second compares with the first."""
     table = Table("", *(Path(r.model).name for r in results), *(["second / first"] if len(results) == 2 else []))
 
-    def row(label: str, values: list[float], show: object) -> None:
+    def row(label: str, values: Sequence[float], show: Callable[[float], str]) -> None:
         ratio = [f"{values[1] / values[0]:.3f}"] if len(values) == 2 and values[0] else []
         table.add_row(label, *(show(v) for v in values), *ratio)
 
