@@ -7,14 +7,14 @@ transformers 5 stores the experts of nearly every MoE in one fused layout and ma
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     CONFIG_MAPPING,
@@ -163,7 +163,6 @@ class FusedExperts(Protocol):
     is_transposed: bool
     has_bias: bool
     has_gate: bool
-    act_fn: Callable[[Tensor], Tensor]
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 

@@ -50,9 +50,10 @@ def _nothing() -> None: ...
 
 
 class _ObservedExperts(FusedExperts, Protocol):
-    """Only experts with a gate have the first, only those of some models the others."""
+    """With `_apply_gate` where they have a gate and `act_fn` where they have none; some have the rest."""
 
     _apply_gate: Callable[[Tensor], Tensor]
+    act_fn: Callable[[Tensor], Tensor]
     down_proj_bias: nn.Parameter
     post_expert_norm: Callable[[Tensor], Tensor]
 
