@@ -52,11 +52,15 @@ class Entry:
 
 
 class RunFolder:
-    """`calibrated`: another run folder whose calibration this one reads instead of having its own."""
+    """
+    Args:
+        calibrated: another run folder whose calibration this one reads instead of having its own.
+        seen: file of what was seen of the source's weights, where several run folders of one model share it.
+    """
 
-    def __init__(self, folder: str | Path, *, calibrated: RunFolder | None = None):
+    def __init__(self, folder: str | Path, *, calibrated: RunFolder | None = None, seen: Path | None = None):
         self.folder = Path(folder).expanduser()
-        self.calibrated = calibrated
+        self.calibrated, self.seen = calibrated, seen or self.folder / "source.json"
         self.source: SourceRecord | None = None
         self._opened = 0
 
@@ -78,7 +82,7 @@ class RunFolder:
         with ExitStack() as stack:
             if self._opened == 0:
                 stack.enter_context(locked(self.folder / ".lock", str(self.folder)))
-                self.source = SourceRecord(self.folder / "source.json", model.reader.checkpoint, model.name)
+                self.source = SourceRecord(self.seen, model.reader.checkpoint, model.name)
                 stack.callback(setattr, model.reader, "on_read", model.reader.on_read)
                 model.reader.on_read = self.source.saw
             self._opened += 1
