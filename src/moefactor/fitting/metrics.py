@@ -10,7 +10,8 @@ With R_e the change of one matrix, the loss rises by ½ Σ_e ⟨L_e R_e, R_e C_e
 The two are the Kronecker factors of K-FAC (Martens & Grosse 2015), and they are damped: calibration shows one sample of
 what the model will read, so every factor is a mixture, with weight 1 − damping of what was seen, with weight `damping`
 of text of which nothing is known, under which experts are used evenly and moments are multiples of the identity. An
-expert that the text hardly reached is mostly the latter. damping = 1, or no statistics at all, is the data-free case: relative squared errors of the weights.
+expert that the text hardly reached is mostly the latter. damping = 1, or no statistics at all, is the data-free case:
+relative squared errors of the weights.
 """
 
 from __future__ import annotations
