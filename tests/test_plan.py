@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,9 +184,6 @@ def test_a_plan_with_anything_in_it_is_read_or_refused(data: st.DataObject) -> N
         if not places(spoilt):
             break
     path = Path(tempfile.gettempdir()) / f"moefactor-plan-{os.getpid()}.json"
-    try:
+    with suppress(UserError):
         assert read(path, spoilt).parameter_count() >= 0
-    except UserError as error:
-        assert str(error)
-    finally:
-        path.unlink()
+    path.unlink()
