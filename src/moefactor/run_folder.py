@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,6 +81,7 @@ class RunFolder:
         """
         with ExitStack() as stack:
             if self._opened == 0:
+                stack.callback(self._drop_if_empty)
                 stack.enter_context(locked(self.folder / ".lock", str(self.folder)))
                 self.source = SourceRecord(self.seen, model.reader.checkpoint, model.name)
                 stack.callback(setattr, model.reader, "on_read", model.reader.on_read)
@@ -90,6 +91,11 @@ class RunFolder:
                 yield
             finally:
                 self._opened -= 1
+
+    def _drop_if_empty(self) -> None:
+        """A run that was refused before it wrote anything leaves nothing."""
+        with suppress(OSError):
+            self.folder.rmdir()
 
     # -- calibration ---------------------------------------------------------------------------------------------
 
