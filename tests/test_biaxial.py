@@ -397,10 +397,10 @@ def test_without_text_a_third_of_the_ratio_goes_as_channels(ratio: float, weight
     assert sum(whole.forms["down"].rows().widths) == layer.experts * layer.intermediate
 
 
-@pytest.mark.parametrize("prior", [0.0, 1.0])
-def test_what_a_basis_is_priced_at(weights: ExpertWeights, stats: LayerStats, prior: float) -> None:
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_what_a_basis_is_priced_at(weights: ExpertWeights, stats: LayerStats, damping: float) -> None:
     """With experts that differ in nothing but their weights, the tail of a singular value decomposition."""
-    metrics = Metrics(weights, None if prior == 0 else stats, prior)
+    metrics = Metrics(weights, None if damping == 0 else stats, damping)
     cut = Cut.of(metrics, metrics.prices(), [16] * 8)
     offers = biaxial_plan._latents(weights.layer, 2 * 8 * 16, cut.first_directions()[0], 1)
     singular = torch.linalg.svdvals(metrics.first.weights.double().flatten(0, 1))
@@ -411,7 +411,7 @@ def test_what_a_basis_is_priced_at(weights: ExpertWeights, stats: LayerStats, pr
         tail = float(level * singular[offer.rank :].square().sum())
         assert offer.loss == pytest.approx(tail, rel=1e-6, abs=1e-9 * whole)
     plan = LayerPlan(weights.layer, forms_of(weights.layer, (16,) * 8, {"gate_up": offers[7], "down": Candidate(0, 0)}))
-    result = biaxial.factorise(weights, metrics.stats, plan, seed=0, shrinkage=prior, data_free=prior == 0)
+    result = biaxial.factorise(weights, metrics.stats, plan, seed=0, shrinkage=damping, data_free=damping == 0)
     changes = [w - result.stack("gate_up")[e].double() for e, w in enumerate(cut.first_rows())]
     assert biaxial_mixture.cost_of(metrics, cut, "first", changes) == pytest.approx(offers[7].loss, rel=1e-4)
     # The same of down: D ≈ D·(G^{1/2} v)(v G^{-1/2}).

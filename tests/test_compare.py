@@ -91,7 +91,7 @@ def test_what_was_measured_is_the_compressed_model(rows: list[dict], source: Pat
 def test_nothing_is_left_but_results_and_calibration(output: Path) -> None:
     models = output / "models"
     assert not models.exists() or not list(models.iterdir())
-    assert {p.name for p in output.iterdir()} <= {"results.json", "calibration", "models"}
+    assert {p.name for p in output.iterdir()} <= {"results.json", "source.json", "calibration", "models"}
 
 
 def test_a_second_call_runs_nothing(

@@ -115,6 +115,13 @@ def test_weights_are_hashed_once(source: Path, text_file: Path, tmp_path: Path, 
     assert len(hashed) == len(set(hashed)) > 50
     moefactor.compress(**job(source, text_file, tmp_path, output=tmp_path / "two"))
     assert len(hashed) == len(set(hashed))
+    hashed.clear()
+    rivals = [moefactor.Contender(name, name, {}) for name in ("svd", "rfid", "whitened_svd")]
+    moefactor.compare(
+        str(source), rivals, [0.3, 0.4], tmp_path / "compared", texts=[str(text_file)], window=16, max_windows=1,
+        calibration=str(text_file), samples=4, seqlen=16,
+    )  # fmt: skip
+    assert len(hashed) == len(set(hashed)) > 50
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from layers import LAYERS
 from moefactor.errors import UserError
@@ -150,3 +156,34 @@ def test_the_ratio_that_the_message_proposes_is_accepted(tmp_path: Path) -> None
         read(tmp_path / "p.json", data | {"ratio": 0.9})
     proposed = float(str(refused.value).split("in the plan to ")[1].split()[0])
     read(tmp_path / "p.json", data | {"ratio": proposed})
+
+
+ODD = [None, True, -1, 0, 1e308, 10**30, 3.5, "x", "0 1", [], {}, [[]], [None], {"form": "latent"}]
+
+
+def places(data: object, path: tuple = ()) -> list[tuple]:
+    """Of everything inside some JSON."""
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [p for key, value in inner for p in [(*path, key), *places(value, (*path, key))]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_plan_with_anything_in_it_is_read_or_refused(data: st.DataObject) -> None:
+    """One to three fields gone or replaced by something odd: a UserError, or a plan that counts."""
+    spoilt = json.loads(json.dumps(made(0.1).to_json()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        *path, last = data.draw(st.sampled_from(places(spoilt)))
+        place = spoilt
+        for key in path:
+            place = place[key]
+        if isinstance(place, dict) and data.draw(st.booleans()):
+            del place[last]
+        else:
+            place[last] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
+        if not places(spoilt):
+            break
+    path = Path(tempfile.gettempdir()) / f"moefactor-plan-{os.getpid()}.json"
+    with suppress(UserError):
+        assert read(path, spoilt).parameter_count() >= 0
+    path.unlink()

@@ -22,6 +22,7 @@ from models import IDS, load, logits, on_disk
 from moefactor.calibrate import Calibration, calibrate
 from moefactor.evaluation import window_losses
 from moefactor.experts import ExpertWeights
+from moefactor.fitting.metrics import RIDGE
 from moefactor.fitting.stack import Stack
 from moefactor.methods import METHODS, channels
 from moefactor.methods.reap import best_in_groups, saliency
@@ -413,7 +414,7 @@ def test_refit_is_weighted_least_squares(intercept: bool) -> None:
             moment = moment - own * torch.outer(mean, mean)
         root = torch.linalg.cholesky(moment)
         level = moment.diagonal()[kept].mean()
-        ridge = float(channels.RIDGE * (1 + 64 / stats.count[expert]) * level) ** 0.5
+        ridge = float(RIDGE * (1 + 64 / stats.count[expert]) * level) ** 0.5
         eye = torch.eye(5, dtype=torch.float64)
         left = torch.cat((root[kept].T, ridge * eye))
         right = torch.cat((root.T @ down, ridge * down[kept]))

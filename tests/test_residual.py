@@ -44,8 +44,8 @@ def test_catch_and_throw_back_are_projection_and_its_transpose() -> None:
     residuals = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrix = explicit(form)
     expected = (matrix @ (matrix.T @ residuals.flatten())).view(5, 3, 4)
-    factors = {"residual": form.catch(residuals)}
-    found = torch.stack([form.thrown_back(factors, e) for e in range(5)])
+    factors = {"residual": form.project(residuals)}
+    found = torch.stack([form.back_projected(factors, e) for e in range(5)])
     torch.testing.assert_close(found, expected)
     # Least squares: what is left is orthogonal to everything that P can say.
     torch.testing.assert_close(matrix.T @ (residuals - found).flatten(), torch.zeros(14, dtype=torch.float64))
@@ -59,8 +59,8 @@ def test_white_noise_is_caught_in_proportion(share: float) -> None:
         4, 32, 64, inner=Dense(4, 32, 64), groups=((0, 1, 2, 3),), sizes=(round(share * total),), seed=7
     )
     noise = torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    factors = {"residual": form.catch(noise)}
-    caught = sum(float(form.thrown_back(factors, e).square().sum()) for e in range(4)) / float(noise.square().sum())
+    factors = {"residual": form.project(noise)}
+    caught = sum(float(form.back_projected(factors, e).square().sum()) for e in range(4)) / float(noise.square().sum())
     assert 0.7 * share < caught < 1.3 * share
 
 
@@ -68,7 +68,7 @@ def test_a_group_that_fits_is_nearly_kept_and_one_entry_is_the_mean() -> None:
     residuals = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     form = made(sizes=(1, 1))
     expected = torch.stack([residuals[[0, 3, 4]].mean(), residuals[[1, 2]].mean()])
-    torch.testing.assert_close(form.catch(residuals), expected)
+    torch.testing.assert_close(form.project(residuals), expected)
 
 
 def python_columns(seed: int, rows: range, columns: int) -> list[int]:

@@ -104,6 +104,7 @@ class _Runs:
         text_column: str | None, seqlen: int | None, progress: Progress,
     ):  # fmt: skip
         self.model, self.output, self.progress = model, output, progress
+        self.seen = output / "source.json"
         self.text: dict[str, Any] = {
             "calibration": calibration, "own_text": own_text, "text_column": text_column, "seqlen": seqlen,
         }  # fmt: skip
@@ -127,7 +128,7 @@ class _Runs:
                 raise UserError(f"{folder}: exists already, and is not a model that moefactor made. Remove it.")
             shutil.rmtree(folder)
         calibrated = None if shared is None else shared.folder
-        stages = RunFolder(folder.with_name(folder.name + ".run"), calibrated=calibrated)
+        stages = RunFolder(folder.with_name(folder.name + ".run"), calibrated=calibrated, seen=self.seen)
         run = Run(self.model, replace(recipe, ratio=ratio), stages, self.progress)
         if shared is not None:
             vars(run)["text"] = shared.text  # read once
@@ -144,7 +145,8 @@ class _Runs:
         recipe = replace(recipe, **self.text)
         share = Run(self.model, recipe, RunFolder(self.output)).own_share
         if share not in self.shared:
-            folder = RunFolder(self.output / (f"calibration-own-{share}" if share else "calibration"))
+            name = f"calibration-own-{share}" if share else "calibration"
+            folder = RunFolder(self.output / name, seen=self.seen)
             self.shared[share] = Run(self.model, recipe, folder, self.progress)
         return share
 

@@ -197,8 +197,10 @@ class Plan:
         for key, kind in (("layers", list), ("seed", int), ("options", dict), ("ratio", float | int | None)):
             if not isinstance(data.get(key, {} if key == "options" else None), kind):
                 raise UserError(f"{path}: {key!r} is {data[key]!r}, which is of the wrong type. Plan again.")
-        if not all(isinstance(entry, dict) for entry in data["layers"]):
-            raise UserError(f"{path}: every one of 'layers' must be a JSON object. Plan again.")
+        if data["ratio"] is not None and not 0 <= data["ratio"] < 1:
+            raise UserError(f"{path}: 'ratio' is {data['ratio']!r}; it must be from 0 to below 1, or null.")
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in data["layers"]):
+            raise UserError(f"{path}: every one of 'layers' must be a JSON object with a 'name'. Plan again.")
         entries = {entry.get("name"): entry for entry in data["layers"]}
         names = [layer.name for layer in layers]
         if list(entries) != names:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,11 +52,15 @@ class Entry:
 
 
 class RunFolder:
-    """`calibrated`: another run folder whose calibration this one reads instead of having its own."""
+    """
+    Args:
+        calibrated: another run folder whose calibration this one reads instead of having its own.
+        seen: file of what was seen of the source's weights, where several run folders of one model share it.
+    """
 
-    def __init__(self, folder: str | Path, *, calibrated: RunFolder | None = None):
+    def __init__(self, folder: str | Path, *, calibrated: RunFolder | None = None, seen: Path | None = None):
         self.folder = Path(folder).expanduser()
-        self.calibrated = calibrated
+        self.calibrated, self.seen = calibrated, seen or self.folder / "source.json"
         self._source: SourceRecord | None = None
         self._opened = 0
 
@@ -82,8 +86,9 @@ class RunFolder:
         """
         with ExitStack() as stack:
             if self._opened == 0:
+                stack.callback(self._drop_if_empty)
                 stack.enter_context(locked(self.folder / ".lock", str(self.folder)))
-                self._source = SourceRecord(self.folder / "source.json", model.reader.checkpoint, model.name)
+                self._source = SourceRecord(self.seen, model.reader.checkpoint, model.name)
                 stack.callback(setattr, model.reader, "on_read", model.reader.on_read)
                 model.reader.on_read = self._source.saw
             self._opened += 1
@@ -91,6 +96,11 @@ class RunFolder:
                 yield
             finally:
                 self._opened -= 1
+
+    def _drop_if_empty(self) -> None:
+        """A run that was refused before it wrote anything leaves nothing."""
+        with suppress(OSError):
+            self.folder.rmdir()
 
     # -- calibration ---------------------------------------------------------------------------------------------
 

@@ -7,10 +7,11 @@ With R_e the change of one matrix, the loss rises by ½ Σ_e ⟨L_e R_e, R_e C_e
 - down, from the hidden side: C_e = G_e, the second moment of the loss gradient at its outputs, L_e = n_e E[h hᵀ];
 - channel k of expert e taken out whole: ½ n_e E[h_k²] · d_kᵀ G_e d_k.
 
-Calibration shows one sample of what the model will read. Every factor is therefore a mixture: with weight 1 − prior
-what was seen, with weight `prior` text of which nothing is known, under which experts are used evenly and moments are
-multiples of the identity. An expert that the text hardly reached is mostly prior. prior = 1, or no statistics at all,
-is the data-free case: relative squared errors of the weights.
+The two are the Kronecker factors of K-FAC (Martens & Grosse 2015), and they are damped: calibration shows one sample of
+what the model will read, so every factor is a mixture, with weight 1 − damping of what was seen, with weight `damping`
+of text of which nothing is known, under which experts are used evenly and moments are multiples of the identity. An
+expert that the text hardly reached is mostly the latter. damping = 1, or no statistics at all, is the data-free case:
+relative squared errors of the weights.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Metrics:
     """One layer's factors, float64, on the weights' device.
 
     Args:
-        prior: 0 to 1, the weight of what calibration did not see.
+        damping: 0 to 1, the weight of what calibration did not see.
     """
 
-    def __init__(self, weights: ExpertWeights, stats: LayerStats | None, prior: float):
+    def __init__(self, weights: ExpertWeights, stats: LayerStats | None, damping: float):
         if stats is not None and stats.count.sum() == 0:
             stats = None
-        self.weights, self.stats, self.prior = weights, stats, prior
+        self.weights, self.stats, self.damping = weights, stats, damping
         self.layer = weights.layer
         self.halves = len(self.layer.projections) - 1
         self.first = Stack(self.layer.first_stack, weights.stack(self.layer.first_stack), stats)
@@ -55,11 +56,11 @@ class Metrics:
                 dtype=torch.float64, device=self.device,
             )  # fmt: skip
             return
-        seen, even = (1 - prior) * stats.count.double(), prior * stats.count.double().mean()
+        seen, even = (1 - damping) * stats.count.double(), damping * stats.count.double().mean()
         self.count = seen + even  # (E,)
         self._own = seen / self.count.clamp(min=1e-30)
         gradient = stats.required("first_gradient").double()
-        self.sensitivity = (1 - prior) * gradient + prior * gradient.mean()  # (E, width), times n_e
+        self.sensitivity = (1 - damping) * gradient + damping * gradient.mean()  # (E, width), times n_e
         self._pooled_output = stats.required("output_gradient").sum(0).double() / stats.count.sum()
 
     def input(self, expert: int) -> Tensor:
@@ -98,7 +99,7 @@ class Metrics:
         if self.stats is None:
             return blind
         seen = importance(w, self.stats)
-        return (1 - self.prior) * seen + self.prior * blind * (seen.sum() / blind.sum().clamp(min=1e-30))
+        return (1 - self.damping) * seen + self.damping * blind * (seen.sum() / blind.sum().clamp(min=1e-30))
 
     def rows(self, channels: Tensor) -> Tensor:
         """Which rows of the first stack belong to some channels: gate's, then up's."""
@@ -135,7 +136,7 @@ class Metrics:
         return share * own + (1 - share) * layer.diagonal().mean() * self._identity(len(own))
 
     def _drawn(self, moment: Tensor) -> Tensor:
-        return (1 - self.prior) * moment + self.prior * moment.diagonal().mean() * self._identity(len(moment))
+        return (1 - self.damping) * moment + self.damping * moment.diagonal().mean() * self._identity(len(moment))
 
     def _identity(self, size: int) -> Tensor:
         return torch.eye(size, dtype=torch.float64, device=self.device)

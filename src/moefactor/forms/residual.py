@@ -88,7 +88,7 @@ class SparseResidual(Form):
         count = self.width * self.hidden
         return start + projection_columns(self.seed + group, place * count, count, self.sizes[group], device)
 
-    def catch(self, residuals: Iterable[Tensor]) -> Tensor:
+    def project(self, residuals: Iterable[Tensor]) -> Tensor:
         """residuals: (width, H) of each expert in turn -> `residual`: the mean of every column, η_j / √n_j."""
         total = hits = torch.zeros(())
         for expert, residual in enumerate(residuals):
@@ -99,13 +99,13 @@ class SparseResidual(Form):
             hits.index_add_(0, columns, torch.ones_like(residual).reshape(-1))
         return total / hits.clamp(min=1)
 
-    def thrown_back(self, factors: Factors, expert: int) -> Tensor:
+    def back_projected(self, factors: Factors, expert: int) -> Tensor:
         """(width, H): the expert's part of P η."""
         vector = factors["residual"]
         return vector[self.columns(expert, vector.device)].view(self.width, self.hidden)
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
-        return self.inner.dense(self.inner_factors(factors), expert) + self.thrown_back(factors, expert)
+        return self.inner.dense(self.inner_factors(factors), expert) + self.back_projected(factors, expert)
 
     def units(self) -> tuple[int, ...]:
         return self.inner.units()

@@ -24,6 +24,7 @@ from ..allocate import LayerOffers, Offer
 from ..errors import required
 from ..experts import CompressedExperts, ExpertWeights
 from ..fitting.channels import importance, kept_biases, ragged_forms
+from ..fitting.metrics import solve_down
 from ..fitting.stack import Stack, relative_error
 from ..plan import LayerPlan
 from ..stats import LayerStats
@@ -31,8 +32,6 @@ from .base import offering
 
 Widths = Literal["expert", "layer", "model"]
 Ranking = Literal["sum", "mean"]
-# Of the mean diagonal, times 1 + 64/tokens: experts with few tokens keep their own columns.
-RIDGE = 1e-2
 
 
 def offers(
@@ -117,11 +116,7 @@ def refitted_down(stack: Stack, expert: int, channels: Tensor, *, refit: bool, c
     rows = down[channels]
     if refit and len(channels) and stats.count[expert] > 0:
         inner = moment[channels][:, channels]
-        ridge = RIDGE * (1 + 64 / float(stats.count[expert])) * inner.diagonal().mean()
-        inner = inner + ridge * torch.eye(len(channels), dtype=inner.dtype, device=inner.device)
-        # argmin ‖(D − D'_K)h‖² + ridge‖D'_K − D_K‖²
-        target = moment[channels] @ down + ridge * rows
-        rows = torch.linalg.solve(inner, target)
+        rows = solve_down(inner, moment[channels] @ down, rows, float(stats.count[expert]))
     constant = mean @ down - mean[channels] @ rows
     return rows, constant
 

@@ -83,7 +83,9 @@ def factorise(
         privates |= {expert: private[i].T for i, expert in enumerate(group)}
     factors = basis_form.pack(bases, privates)
     if isinstance(form, SparseResidual):
-        factors["residual"] = form.catch(w.double() - basis_form.dense(factors, e) for e, w in enumerate(stack.weights))
+        factors["residual"] = form.project(
+            w.double() - basis_form.dense(factors, e) for e, w in enumerate(stack.weights)
+        )
     return Fitted(factors, stack_error(stack, form, factors, weighted=False))
 
 

@@ -38,7 +38,7 @@ from .mixtures import fit_mixture, mixture_problem
 from .planning import SHARES, FormName, Table, layer_table, plan_tables
 
 NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient"})
-# Metrics.prior of the prices, from the ratio DOUBTFUL up; below, it falls with the square. What goes first is what no
+# Metrics.damping of the prices, from the ratio DOUBTFUL up; below, it falls with the square. What goes first is what no
 # text uses, and doubt would keep it; what goes later is used by some other text.
 DOUBT, DOUBTFUL = 0.1, 0.4
 # Without text, channels go at so much of the ratio, in every layer alike: relative errors can't tell what they are
@@ -55,7 +55,7 @@ def price(
     """What the layer can become, and what each of it is estimated to cost.
 
     Args:
-        doubt: weight of the unseen when the budget is spent (Metrics.prior); negative: DOUBT, by the ratio. See
+        doubt: weight of the unseen when the budget is spent (Metrics.damping); negative: DOUBT, by the ratio. See
             factorise for `shrinkage`.
         channel_share: share of every layer's channels to take out; negative: the best of a grid, layer by layer, or
             without text BLIND_CHANNELS.
@@ -81,7 +81,7 @@ def factorise(
     """The layer from its statistics alone.
 
     Args:
-        shrinkage: weight of the unseen in the fits, 0 to 1 (Metrics.prior). Text unlike what the model will read
+        shrinkage: weight of the unseen in the fits, 0 to 1 (Metrics.damping). Text unlike what the model will read
             wants more.
         steps: of the solver of mixtures.
     """

@@ -74,8 +74,8 @@ class SparseResidualKernel(Kernel[SparseResidual]):
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
         out = self.inner.read(self.form.inner_factors(factors), tokens, routing)
         tokens = tokens.to(factors["residual"].dtype)
-        thrown = self.form.thrown_back
-        parts = [tokens[routing.token[a:b]] @ thrown(factors, e).T for e, (a, b) in self._hit(routing)]
+        back = self.form.back_projected
+        parts = [tokens[routing.token[a:b]] @ back(factors, e).T for e, (a, b) in self._hit(routing)]
         return out + torch.cat(parts) if parts else out
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
@@ -88,8 +88,8 @@ class SparseResidualKernel(Kernel[SparseResidual]):
 
     def _write_residual(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         activations = activations.to(factors["residual"].dtype)
-        thrown = self.form.thrown_back
-        parts = [activations[a:b] @ thrown(factors, e) for e, (a, b) in self._hit(routing)]
+        back = self.form.back_projected
+        parts = [activations[a:b] @ back(factors, e) for e, (a, b) in self._hit(routing)]
         return torch.cat(parts) if parts else activations.new_zeros(0, self.form.hidden)
 
     @staticmethod
