@@ -20,6 +20,7 @@ from models import digests
 from moefactor import calibrate as calibrate_module
 from moefactor import factorise as factorise_module
 from moefactor import planning as planning_module
+from moefactor import run_folder as run_folder_module
 from moefactor.errors import UserError
 from moefactor.files import differences, locked
 from moefactor.identity import FACTORS, SourceRecord, maths_version
@@ -141,12 +142,12 @@ def test_another_version_of_the_mathematics_is_noticed(
     source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moefactor.compress(**job(source, text_file, tmp_path))
-    monkeypatch.setattr(factorise_module, "maths_version", lambda *rooms: "another")
+    monkeypatch.setattr(run_folder_module, "maths_version", lambda *rooms: "another")
     with pytest.raises(UserError, match="maths"):
         moefactor.compress(**job(source, text_file, tmp_path, output=tmp_path / "two"))
     monkeypatch.undo()
     made: list[str] = []
-    monkeypatch.setattr(calibrate_module, "maths_version", lambda *rooms: "another")
+    monkeypatch.setattr(run_folder_module, "maths_version", lambda *rooms: "another")
     how = job(source, text_file, tmp_path, "channels", run=tmp_path / "run2", output=tmp_path / "out2")
     moefactor.compress(**how)
     monkeypatch.undo()

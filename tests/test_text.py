@@ -13,6 +13,7 @@ import torch
 from moefactor.calibrate import Calibration, own_share
 from moefactor.errors import UserError
 from moefactor.evaluation import window_losses
+from moefactor.files import read_tensors, write_tensors
 from moefactor.loading import load
 from moefactor.methods import METHODS
 from moefactor.streaming import FITS, StreamedModel
@@ -184,14 +185,17 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
 
         return wrote
 
-    assert (kept_windows(file, ("model", 3), write(1)) == 1).all()
-    assert (kept_windows(file, ("model", 3), write(2)) == 1).all()
-    assert (kept_windows(file, ("model", 4), write(3)) == 3).all()
-    assert (kept_windows(None, ("model", 4), write(4)) == 4).all()
+    shape = (2, 3)
+    assert (kept_windows(file, ("model", 3), shape, write(1)) == 1).all()
+    assert (kept_windows(file, ("model", 3), shape, write(2)) == 1).all()
+    assert (kept_windows(file, ("model", 4), shape, write(3)) == 3).all()
+    assert (kept_windows(None, ("model", 4), shape, write(4)) == 4).all()
     assert written == [1, 3, 4]
+    write_tensors(file, dict.fromkeys(read_tensors(file), torch.zeros(3, 2)))  # edited: not what was asked for
+    assert (kept_windows(file, ("model", 4), shape, write(5)) == 5).all()
     file.write_bytes(b"")
     with pytest.raises(UserError, match=r"own\.safetensors: damaged"):
-        kept_windows(file, ("model", 4), write(5))
+        kept_windows(file, ("model", 4), shape, write(6))
 
 
 def test_who_writes_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

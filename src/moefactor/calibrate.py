@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, required, unknown
-from .files import digest_of
-from .identity import CALIBRATION, maths_version, structure_of
+from .identity import CALIBRATION, maths_version, weights_now
 from .loading import load
 from .methods import Method
 from .observing import observe, observe_gradients
@@ -83,8 +82,8 @@ class Calibration:
                 )
                 return write_windows(whole, tokenizer, missing, length, seed, progress)
 
-            writer = digest_of(structure_of(model.reader.checkpoint)), str(model.dtype), maths_version("text")
-            parts.append(kept_windows(kept, (*writer, missing, length, seed), write))
+            writer = weights_now(model.reader.checkpoint), str(model.dtype), maths_version("text")
+            parts.append(kept_windows(kept, (*writer, missing, length, seed), (missing, length), write))
         chosen = torch.cat(parts)
         description = {
             "source": source or next(iter(counts), OWN), "windows": counts, "text_column": text_column,
@@ -146,8 +145,8 @@ def calibrate(
             raise unknown("statistic", name, STATISTICS)
     needs = set(needs) | {"routing"}
     with run.opened(model):
-        about = identity_of(model, run, calibration)
-        if covers(run.calibration(), about, needs):
+        about = {**calibration.description, **run.stamp(model, *CALIBRATION)}
+        if covers(run.calibration(), about, needs) and run.has_stats(len(model.experts)):
             return
         job = _Job(model, run, calibration, needs, {**about, "statistics": sorted(needs)}, progress)
         job.forward()
@@ -156,20 +155,12 @@ def calibrate(
         run.finish_calibration(job.about)
 
 
-def identity_of(model: StreamedModel, run: RunFolder, calibration: Calibration) -> dict:
-    """What statistics depend on beside their names."""
-    return {
-        **calibration.description, "source": digest_of(run.source.structure)[:32], "dtype": str(model.dtype),
-        "maths": maths_version(*CALIBRATION),
-    }  # fmt: skip
-
-
 def covers(earlier: dict | None, about: dict, needs: set[str]) -> bool:
     """Whether a finished calibration is about the same and has these statistics."""
     return (
         earlier is not None
-        and {k: v for k, v in earlier.items() if k != "statistics"} == about
-        and needs <= {*earlier["statistics"]}
+        and {k: v for k, v in earlier.items() if k not in ("statistics", "files")} == about
+        and needs <= {*earlier.get("statistics", [])}
     )
 
 

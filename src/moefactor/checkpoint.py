@@ -481,5 +481,5 @@ def _item_size(dtype: str) -> int:
 
 
 def refuse_existing(output: Path) -> None:
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise UserError(f"{output}: exists already. Choose another output, or remove it.")

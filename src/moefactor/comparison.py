@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .allocate import TooSmall
 from .errors import UserError
 from .evaluation import evaluate
-from .files import differences, digest_of, locked, read_json, write_json
-from .identity import FACTORS, maths_version, structure_of
+from .files import differences, digest_of, file_digest, locked, read_json, write_json
+from .identity import FACTORS, SourceRecord, maths_version, structure_of
 from .planning import check_ratio
 from .progress import Progress, silent
 from .run_folder import RunFolder
@@ -62,8 +63,8 @@ def compare(
         about = {
             "model": model, "source": digest_of(structure_of(streamed.reader.checkpoint))[:32],
             "calibration": calibration, "own_text": own_text, "samples": samples, "seqlen": seqlen, "seed": seed,
-            "texts": texts, "window": window, "max_windows": max_windows, "dtype": dtype,
-            "text_column": text_column,
+            "texts": [[text, content_digest(text)] for text in texts], "window": window,
+            "max_windows": max_windows, "dtype": dtype, "text_column": text_column,
         }  # fmt: skip
         rows = _Rows(output / "results.json", about, on_row)
 
@@ -74,7 +75,9 @@ def compare(
             )  # fmt: skip
             return {**asdict(result), "mean_perplexity": result.mean_perplexity}
 
+        seen = SourceRecord(output / "source.json", streamed.reader.checkpoint, model)
         rows.once("dense", 0.0, {}, lambda: measured(model))
+        seen.saw(list(streamed.reader.checkpoint.files))  # all of it has just been read, or was when the row was made
         runs.calibrate(list(recipes.values()))
         for ratio in ratios:
             for label, recipe in recipes.items():
@@ -84,16 +87,33 @@ def compare(
                     started = time.perf_counter()
                     try:
                         runs.make(recipe, ratio, folder)
-                    except UserError as error:
+                    except TooSmall as error:  # the ratio can't be reached; what else is wrong stops the comparison
                         return {"error": str(error)}
                     made = {"seconds": time.perf_counter() - started, **measured(str(folder))}
                     if not keep:
-                        shutil.rmtree(folder)
+                        remove(folder)
                     return made
 
-                made_by = {"method": recipe.method.name, "options": recipe.options, "maths": maths_version(*FACTORS)}
+                made_by = {
+                    "method": recipe.method.name, "options": recipe.options, "maths": maths_version(*FACTORS),
+                    "text": runs.text_digest(recipe),
+                }  # fmt: skip
                 rows.once(label, ratio, made_by, row)
         return rows.finish()
+
+
+def remove(folder: Path) -> None:
+    """Renamed first: what a kill leaves half removed is not taken for a folder of somebody else's."""
+    gone = folder.with_name(folder.name + ".removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def content_digest(text: str | None) -> str | None:
+    """Of a file to measure on; None for what has a name alone."""
+    path = Path(text).expanduser() if text else None
+    return file_digest(path)[:32] if path is not None and path.is_file() else None
 
 
 class _Runs:
@@ -109,6 +129,11 @@ class _Runs:
             "calibration": calibration, "own_text": own_text, "text_column": text_column, "seqlen": seqlen,
         }  # fmt: skip
         self.shared: dict[float, Run] = {}  # share of own text -> a run whose text and statistics serve all
+
+    def text_digest(self, recipe: Recipe) -> str | None:
+        """Of the tokens that a method is calibrated on."""
+        text = self.shared[self._share(recipe)].text if recipe.reads_text else None
+        return None if text is None else text.description["sha256"]
 
     def calibrate(self, recipes: list[Recipe]) -> None:
         """What any of them needs of the dense model, at once."""
@@ -126,7 +151,7 @@ class _Runs:
         if folder.exists():
             if not (folder / "compression.json").is_file():
                 raise UserError(f"{folder}: exists already, and is not a model that moefactor made. Remove it.")
-            shutil.rmtree(folder)
+            remove(folder)
         calibrated = None if shared is None else shared.folder
         stages = RunFolder(folder.with_name(folder.name + ".run"), calibrated=calibrated, seen=self.seen)
         run = Run(self.model, replace(recipe, ratio=ratio), stages, self.progress)
@@ -165,7 +190,9 @@ class _Rows:
                     f"{path}: holds another comparison ({'; '.join(found[:3])}). Choose another output, or remove "
                     f"{path.parent}."
                 )
-            self.rows = data["rows"]
+            self.rows = data.get("rows") or []
+            if not all(isinstance(row, dict) and {"label", "ratio", "made_by"} <= row.keys() for row in self.rows):
+                raise UserError(f"{path}: not what moefactor writes there. Remove {path.parent}.")
 
     def once(self, label: str, ratio: float, made_by: dict, run: Callable[[], dict]) -> None:
         row = next((r for r in self.rows if r["label"] == label and r["ratio"] == ratio), None)

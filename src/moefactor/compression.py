@@ -10,6 +10,7 @@ import torch
 
 from .checkpoint import refuse_existing
 from .coverage import Coverage
+from .errors import UserError
 from .files import locked
 from .healing import heal as distil
 from .progress import Progress, silent
@@ -77,10 +78,15 @@ def compress(
     recipe = Recipe.of(
         method, options, ratio=ratio, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple,
         calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen, seed=seed,
-        text_column=text_column, drop_mtp=drop_mtp,
+        text_column=text_column, drop_mtp=drop_mtp, heal=heal,
     )  # fmt: skip
     streamed = StreamedModel(model, default_device() if device is None else device, trust_remote_code=trust_remote_code)
     folder = RunFolder(run or output.with_name(output.name + ".run"))
+    places = output.resolve(), folder.folder.resolve()
+    if places[0] == places[1] or places[0] in places[1].parents:
+        raise UserError(f"{folder.folder}: the run folder can't lie in the output, which appears whole or not at all.")
+    if heal and recipe.method.standard(recipe.options):
+        raise UserError(f"--heal trains factors, and {method} with these options leaves ordinary experts; choose.")
     work = Run(streamed, recipe, folder, progress, on_coverage)
     work.check()
     with locked(output.with_name(f".{output.name}.lock"), str(output)), folder.opened(streamed):

@@ -12,12 +12,12 @@ from torch import Tensor
 from .calibrate import Calibration
 from .errors import NotFinite, UserError, located, required
 from .experts import CompressedExperts, ExpertWeights
-from .files import digest_of
+from .files import differences, digest_of
 from .fitting.refine import LayerTokens
-from .identity import FACTORS, maths_version
+from .identity import FACTORS
 from .methods import Method, accepted
 from .observing import layer_tokens, observe, standing_in
-from .plan import Plan
+from .plan import LayerPlan, Plan
 from .progress import Progress, Steps, silent
 from .run_folder import Entry, RunFolder
 from .stats import GRADIENTS, LayerStats
@@ -44,23 +44,37 @@ def factorise(
     text = calibration if needs and sequential else None
     live = text is not None
     with run.opened(model):
-        calibrated = run.calibration() or {"statistics": []}
         stored = needs & GRADIENTS if live else needs - {"routing"}
-        if stored - {*calibrated["statistics"]}:
-            raise UserError(
-                f"{run.folder}: {method.name} reads {', '.join(sorted(stored))} of the dense model. "
-                f"Run `moefactor calibrate {model.name} --run {run.folder} --method {method.name}` first."
-            )
+        calibrated = run.calibrated_for(model, stored, method.name)
+        check_made_for(model, plan, run)
+        described = None if text is None else text.description
+        if calibrated and described:
+            other = differences(described, {key: calibrated.get(key) for key in described})
+            if other:
+                raise UserError(
+                    f"{run.folder}: was calibrated on another text ({'; '.join(other[:3])}). Give the same text, or "
+                    "calibrate and plan again."
+                )
         about = {
-            "plan": plan.digest(), "method": plan.method, "sequential": live,
-            "calibration": None if text is None else text.description, "statistics": calibrated if stored else None,
-            "source": digest_of(run.source.structure)[:32], "dtype": str(model.dtype),
-            "stored_dtype": str(model.stored_dtype), "maths": maths_version(*FACTORS),
+            "plan": plan.digest(), "method": plan.method, "sequential": live, "calibration": described,
+            "statistics": calibrated, "stored_dtype": str(model.stored_dtype), **run.stamp(model, *FACTORS),
         }  # fmt: skip
         job = _Job(model, plan, method, run, about, {} if seen is None else seen)
         if len(job.done) < len(plan.layers):
             job.each_alone(needs, progress) if text is None else job.run_through(text, needs, progress)
     return job.done
+
+
+def check_made_for(model: StreamedModel, plan: Plan, run: RunFolder) -> None:
+    """Raises UserError for a plan that was made for other weights, by other statistics or another version."""
+    if not plan.made_for:  # written by hand
+        return
+    now = {**run.stamp(model, *FACTORS), "calibration": plan.made_for.get("calibration")}
+    if now["calibration"] is not None:
+        now["calibration"] = digest_of(run.calibration())[:32]
+    other = differences(now, plan.made_for)
+    if other:
+        raise UserError(f"{run.plan}: was made for something else ({'; '.join(other)}). Plan again.")
 
 
 class _Job:
@@ -78,7 +92,7 @@ class _Job:
         steps = Steps(progress, STAGE, len(self.plan.layers))
         for index, layer_plan in enumerate(self.plan.layers):
             if index not in self.done:
-                stats = self.run.stats(index, self.model.device) if needs else None
+                stats = self.run.stats(index, self.model.device, layer_plan.layer) if needs else None
                 steps.detail = self.finish(index, self.model.expert_weights(layer_plan.layer), stats)
             steps.tick()
 
@@ -112,7 +126,7 @@ class _Job:
         stats = required(found, "what the layer's experts saw")
         self.seen[layer.decoder_layer] = stats.count
         if gradients:
-            dense = self.run.stats(index, self.model.device)
+            dense = self.run.stats(index, self.model.device, layer)
             stats = stats.with_gradients(required(dense, "what calibration saw of the dense model"))
         module = self.model.model.get_submodule(layer.name)
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
@@ -138,6 +152,7 @@ class _Job:
                 options = accepted(refit, self.plan.options)
                 compressed = refit(weights, stats, compressed, look(), layer_plan, seed=seed, **options)
                 check_factors(compressed)
+        check_made(compressed, layer_plan, self.method)
         sha256 = self.run.write_layer(index, named(name, compressed.tensors, self.model.stored_dtype))
         seconds = round(time.perf_counter() - started, 3)
         curves = {stack: _thinned(curve) for stack, curve in compressed.curves.items()}
@@ -145,6 +160,19 @@ class _Job:
         self.run.enter(self.about, self.done)
         error = max(compressed.errors.values(), default=0.0)
         return f"{layer_plan.layer.decoder_layer}, relative error {error:.3f}"
+
+
+def check_made(compressed: CompressedExperts, plan: LayerPlan, method: Method) -> None:
+    """Raises UserError where a method did not make what the plan says: one that was edited beyond what it can do."""
+    wanted = plan.tensors()
+    for name in sorted({*wanted, *compressed.tensors}):
+        found = tuple(compressed.tensors[name].shape) if name in compressed.tensors else None
+        asked = wanted[name].shape if name in wanted else None
+        if found != asked:
+            raise UserError(
+                f"{plan.layer.name}: {method.name} can't make what plan.json asks for: {name} is "
+                f"{asked or 'not there'} in the plan, {found or 'not there'} in what it made. Plan again."
+            )
 
 
 def check_factors(compressed: CompressedExperts) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,10 +27,10 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, refuse_existing, resolve
 from .errors import NotFinite, UserError, unknown
 from .fields import routers
-from .files import digest_of, file_digest, locked, replacing
+from .files import digest_of, file_digest, locked, read_json, replacing
 from .fitting.descent import Kept, descend
 from .fitting.soap import Soap, falling
-from .identity import maths_version
+from .identity import maths_version, structure_of
 from .loading import Model, load
 from .progress import Progress, Steps, silent
 from .runtime.module import FactorisedExperts
@@ -147,6 +148,7 @@ def _heal(
     share = min(0.5, own_weight(text))
     own = min(OWN_WINDOWS, max(HELD_OUT, int(steps * max(1, BATCH // length) * share))) if share else 0
     reading = Reading(load_tokenizer(folder, trust_remote_code), vocabulary_of(model), length, text_column)
+    _check_teacher(folder, teacher)
     dense_digest = _weights_digest(resolve(teacher))
     every = _windows(dense, dense_digest, reading, text, own, seed, place / OWN_TEXT, progress)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
@@ -380,6 +382,17 @@ class _Healing:
             self.file.parent.rmdir()
 
 
+def _check_teacher(folder: Path, teacher: str) -> None:
+    """Warns where the student's records say that it was made from another model."""
+    made_from = ((read_json(folder / "compression.json") or {}).get("about") or {}).get("weights")
+    if made_from is not None and made_from != digest_of(structure_of(Checkpoint(resolve(teacher))))[:32]:
+        warnings.warn(
+            f"{teacher} is not the model that {folder} was made from, by its config.json and the headers of its files; "
+            "healing goes towards what it is given.",
+            stacklevel=3,
+        )
+
+
 def _weights_digest(folder: Path) -> str:
     """Of all bytes of a folder's shards, which are read whole here in any case."""
     return digest_of([file_digest(path) for path in sorted(set(Checkpoint(folder).files.values()))])
@@ -396,7 +409,12 @@ def _windows(
     if count:
         about = (dense_digest, maths_version("text"), count, length, seed)
         parts.append(
-            kept_windows(kept, about, lambda: write_windows(dense, reading.tokenizer, count, length, seed, progress))
+            kept_windows(
+                kept,
+                about,
+                (count, length),
+                lambda: write_windows(dense, reading.tokenizer, count, length, seed, progress),
+            )
         )
     return torch.cat(parts)
 

@@ -50,6 +50,12 @@ def _header_digest(path: Path) -> str:
         return hashlib.sha256(file.read(size)).hexdigest()[:32]
 
 
+def weights_now(checkpoint: Checkpoint) -> str:
+    """A digest that any change of the weights changes, and a copy of the folder too: for what may be made again."""
+    times = {path.name: _times(path) for path in sorted(set(checkpoint.files.values()))}
+    return digest_of([structure_of(checkpoint), times])
+
+
 class SourceRecord:
     """The source's weights as a run folder has seen them, RUN/source.json.
 
@@ -64,15 +70,20 @@ class SourceRecord:
         self.structure = structure_of(checkpoint)
         self.shards = {p.name: _times(p) for p in sorted(set(checkpoint.files.values()))}
         self.tensors: dict[str, str] = {}
-        known = read_json(path)
-        if known is not None:
-            self._recognise(known)
+        try:
+            known = read_json(path)
+            if known is not None:
+                self._recognise(known)
+        except (KeyError, TypeError, AttributeError):
+            raise self._refusal("its source.json is damaged") from None
 
     def _recognise(self, known: dict) -> None:
         """Takes over what an earlier stage saw of the same weights. Raises UserError where they are others."""
         found = differences(self.structure, known.get("structure"), "")
         if found:
             raise self._refusal(found[0])
+        if not set(known.get("tensors") or {}) <= {*self.checkpoint.files}:
+            raise self._refusal("its source.json is damaged")
         self.tensors = dict(known.get("tensors") or {})
         changed = [shard for shard, times in self.shards.items() if times != (known.get("shards") or {}).get(shard)]
         seen = [name for name in self.tensors if self.checkpoint.files[name].name in changed]

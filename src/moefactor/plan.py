@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .experts import ExpertLayer
-from .forms import Form, form_from_json
+from .forms import Form, TensorSpec, form_from_json
 
 FORMAT_VERSION = 1
 
@@ -44,6 +44,17 @@ class LayerPlan:
     def parameter_count(self) -> int:
         forms = sum(form.parameter_count() for form in self.forms.values())
         return forms + self.remaining.bias_count + len(self.intercept) * self.layer.hidden
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor that the layer stores, by its name behind the layer's."""
+        layer = self.remaining
+        specs = {f"{stack}_{name}": s for stack, form in self.forms.items() for name, s in form.tensors().items()}
+        if layer.biased:
+            specs["first_bias"] = TensorSpec((layer.experts, layer.stack_width(layer.first_stack)))
+            specs["down_bias"] = TensorSpec((layer.experts, layer.hidden))
+        if self.intercept:
+            specs["intercept"] = TensorSpec((len(self.intercept), layer.hidden))
+        return specs
 
     def standard(self) -> tuple[int, int] | None:
         """(experts, width) when an ordinary MoE of that shape holds the result: fewer experts, or narrower ones."""
@@ -124,6 +135,7 @@ class Plan:
         seed: of everything random.
         layers: one entry a layer, in the model's order.
         expected_loss: the rise of the loss that the method expects, in nats a token, or None if it can't say.
+        made_for: digests of what it was made for: the source, the calibration it goes by, the mathematics.
     """
 
     model: str
@@ -133,6 +145,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     options: dict = field(default_factory=dict)
     expected_loss: float | None = None
+    made_for: dict = field(default_factory=dict)
 
     @property
     def original_count(self) -> int:
@@ -159,13 +172,14 @@ class Plan:
             "seed": self.seed,
             "expert_parameters": {"before": self.original_count, "after": self.parameter_count()},
             "expected_loss": self.expected_loss,
+            "made_for": self.made_for,
             "layers": [entry.to_json() for entry in self.layers],
         }
 
     def digest(self) -> str:
         """SHA-256 of what decides the result; editing white space or the counts does not change it."""
         data = self.to_json()
-        for told in ("model", "expert_parameters", "expected_loss"):
+        for told in ("model", "expert_parameters", "expected_loss", "made_for"):
             data.pop(told)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
@@ -194,11 +208,21 @@ class Plan:
         missing = [key for key in ("model", "method", "ratio", "seed", "layers") if key not in data]
         if missing:
             raise UserError(f"{path}: the plan lacks {', '.join(missing)}. Plan again.")
-        for key, kind in (("layers", list), ("seed", int), ("options", dict), ("ratio", float | int | None)):
-            if not isinstance(data.get(key, {} if key == "options" else None), kind):
+        for key, kind in (
+            ("layers", list),
+            ("seed", int),
+            ("options", dict),
+            ("ratio", float | int | None),
+            ("method", str),
+            ("made_for", dict),
+            ("expected_loss", float | int | None),
+        ):
+            if not isinstance(data.get(key, {} if key in ("options", "made_for") else None), kind):
                 raise UserError(f"{path}: {key!r} is {data[key]!r}, which is of the wrong type. Plan again.")
         if data["ratio"] is not None and not 0 <= data["ratio"] < 1:
             raise UserError(f"{path}: 'ratio' is {data['ratio']!r}; it must be from 0 to below 1, or null.")
+        if not 0 <= data["seed"] < 1 << 63:
+            raise UserError(f"{path}: 'seed' is {data['seed']}; it must be from 0 to below 2^63.")
         if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in data["layers"]):
             raise UserError(f"{path}: every one of 'layers' must be a JSON object with a 'name'. Plan again.")
         entries = {entry.get("name"): entry for entry in data["layers"]}
@@ -209,7 +233,7 @@ class Plan:
         plan = cls(
             model=data["model"], method=data["method"], options=data.get("options", {}), ratio=data["ratio"],
             seed=data["seed"], layers=tuple(LayerPlan.from_json(entries[layer.name], layer) for layer in layers),
-            expected_loss=data.get("expected_loss"),
+            expected_loss=data.get("expected_loss"), made_for=data.get("made_for", {}),
         )  # fmt: skip
         plan.check_budget()
         return plan

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 from .allocate import RULES, Budget
 from .errors import UserError, located, unknown
 from .files import digest_of
-from .identity import FACTORS, maths_version
+from .identity import FACTORS
 from .methods import Method, accepted
 from .plan import Plan
 from .progress import Progress, Steps, silent
@@ -33,36 +36,40 @@ def make_plan(
     budget = budget_of(model, ratio, allocation, rank_multiple)
     needs = method.needs_to_plan(options, allocation)
     with run.opened(model):
-        calibration = run.calibration()
-        if needs and (calibration is None or not needs <= {*calibration["statistics"], "routing"}):
-            raise UserError(
-                f"{run.folder}: {method.name} plans by {', '.join(sorted(needs))}, which is not calibrated there. "
-                f"Run `moefactor calibrate {model.name} --run {run.folder} --method {method.name}` first."
-            )
+        calibration = run.calibrated_for(model, needs, method.name)
+        made_for = {**run.stamp(model, *FACTORS), "calibration": calibration and digest_of(calibration)[:32]}
         about = digest_of({
-            "calibration": calibration if needs else None, "method": method.name, "options": options, "seed": seed,
-            "budget": vars(budget), "source": run.source.structure, "maths": maths_version(*FACTORS),
+            "method": method.name, "options": options, "seed": seed, "budget": vars(budget), "made_for": made_for,
         })  # fmt: skip
         steps = Steps(progress, STAGE, len(model.experts))
         priced = []
         for index, layer in enumerate(model.experts):
             steps.detail = layer.decoder_layer
-            known = run.pricing(index, about)
-            if known is None:
-                stats = run.stats(index, model.device) if needs else None
-                weights = model.expert_weights(layer)
-                with located(layer.name):
-                    known = method.price(
-                        weights, stats, budget, seed=seed + index, **accepted(method.price, options)
-                    ).to_json()
-                run.write_pricing(index, about, known)
-            priced.append(method.priced(layer, known))
+            priced.append(_priced(model, run, method, index, about, options, budget, bool(needs), seed))
             steps.tick()
         planned = method.plan(priced, budget)
     expected = None
     if planned.loss is not None and needs and calibration is not None:
         expected = planned.loss / (calibration["samples"] * calibration["seqlen"])
-    return Plan(model.name, method.name, ratio, seed, tuple(planned.layers), options, expected)
+    return Plan(model.name, method.name, ratio, seed, tuple(planned.layers), options, expected, made_for)
+
+
+def _priced(
+    model: StreamedModel, run: RunFolder, method: Method, index: int, about: str, options: dict, budget: Budget,
+    reads: bool, seed: int,
+) -> Any:  # fmt: skip
+    """What a layer can spend on, as an earlier run left it; priced anew where it left nothing that can be read."""
+    layer = model.experts[index]
+    known = run.pricing(index, about)
+    if known is not None:
+        with suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):
+            return method.priced(layer, known)
+    stats = run.stats(index, model.device, layer) if reads else None
+    weights = model.expert_weights(layer)
+    with located(layer.name):
+        found = method.price(weights, stats, budget, seed=seed + index, **accepted(method.price, options)).to_json()
+    run.write_pricing(index, about, found)
+    return method.priced(layer, found)
 
 
 def budget_of(model: StreamedModel, ratio: float, allocation: str | None, rank_multiple: int | None) -> Budget:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, required
+from .experts import ExpertLayer
 from .files import (
     differences,
     digest_of,
@@ -35,7 +36,7 @@ from .files import (
     write_json,
     write_tensors,
 )
-from .identity import SourceRecord
+from .identity import CALIBRATION, SourceRecord, maths_version
 from .plan import Plan
 from .stats import LayerStats
 from .streaming import StreamedModel
@@ -63,6 +64,7 @@ class RunFolder:
         self.calibrated, self.seen = calibrated, seen or self.folder / "source.json"
         self._source: SourceRecord | None = None
         self._opened = 0
+        self._checked: set[int] = set()  # layers whose statistics are what was written
 
     @property
     def plan(self) -> Path:
@@ -86,8 +88,11 @@ class RunFolder:
         """
         with ExitStack() as stack:
             if self._opened == 0:
+                if self.folder.is_file():
+                    raise UserError(f"{self.folder}: is a file; a run folder is needed.")
                 stack.callback(self._drop_if_empty)
                 stack.enter_context(locked(self.folder / ".lock", str(self.folder)))
+                self._check_source()
                 self._source = SourceRecord(self.seen, model.reader.checkpoint, model.name)
                 stack.callback(setattr, model.reader, "on_read", model.reader.on_read)
                 model.reader.on_read = self._source.saw
@@ -96,6 +101,15 @@ class RunFolder:
                 yield
             finally:
                 self._opened -= 1
+
+    def _check_source(self) -> None:
+        """Without the record of whose weights it is of, nothing that a run holds can be believed."""
+        made = ("calibration.json", "calibrating.json", "journal.json")
+        left = [name for name in made if (self.folder / name).exists()]
+        if left and not self.seen.is_file():
+            raise UserError(
+                f"{self.folder}: has {left[0]} but no {self.seen.name}. Remove the folder, or choose another."
+            )
 
     def _drop_if_empty(self) -> None:
         """A run that was refused before it wrote anything leaves nothing."""
@@ -120,11 +134,58 @@ class RunFolder:
     def write_stats(self, index: int, stats: LayerStats) -> None:
         write_tensors(self._path("stats", index), stats.tensors())
 
-    def stats(self, index: int, device: torch.device | str = "cpu") -> LayerStats | None:
+    def stats(self, index: int, device: torch.device | str = "cpu", layer: ExpertLayer | None = None) -> LayerStats:
+        """Of a finished calibration, or of one that is under way.
+
+        Raises UserError where they are gone, not what was written, or not of this layer's shape.
+        """
         if self.calibrated is not None:
-            return self.calibrated.stats(index, device)
+            return self.calibrated.stats(index, device, layer)
         path = self._path("stats", index)
-        return LayerStats.of(read_tensors(path, device), str(path)) if path.is_file() else None
+        self._check_stats(index, path)
+        return LayerStats.of(read_tensors(path, device), str(path), layer)
+
+    def _check_stats(self, index: int, path: Path) -> None:
+        """Once a process and layer: reading it again would hash it again."""
+        if not path.is_file():
+            raise UserError(f"{path}: is gone. Calibrate again.")
+        written = (self.calibration() or {}).get("files")
+        if written is None or index in self._checked:
+            return
+        if not isinstance(written, dict) or written.get(path.name) != file_digest(path):
+            raise UserError(
+                f"{path}: is not what calibration wrote. Remove {self.folder / 'calibration.json'} and calibrate again."
+            )
+        self._checked.add(index)
+
+    def has_stats(self, count: int) -> bool:
+        """Whether every layer's are there."""
+        return all(self._path("stats", index).is_file() for index in range(count))
+
+    def calibrated_for(self, model: StreamedModel, needs: set[str], method: str) -> dict | None:
+        """What was calibrated on, None where nothing is needed of it.
+
+        Raises UserError where it lacks what is needed, or is of other weights, another dtype or version.
+        """
+        if not needs:
+            return None
+        found = self.calibration()
+        statistics = found.get("statistics") if found else None
+        how = f"Run `moefactor calibrate {model.name} --run {self.folder} --method {method}` first."
+        if found is None or not isinstance(statistics, list) or not needs <= {*statistics, "routing"}:
+            raise UserError(
+                f"{self.folder}: {method} reads {', '.join(sorted(needs))}, which is not calibrated there. {how}"
+            )
+        now = self.stamp(model, *CALIBRATION)
+        other = differences(now, {key: found.get(key) for key in now})
+        if other:
+            raise UserError(f"{self.folder}: was calibrated otherwise ({'; '.join(other)}). {how}")
+        return found
+
+    def stamp(self, model: StreamedModel, *rooms: str) -> dict:
+        """What numbers depend on beside text and options: the weights, the dtype they are run in, the mathematics."""
+        weights = digest_of(self.source.structure)[:32]
+        return {"weights": weights, "dtype": str(model.dtype), "maths": maths_version(*rooms)}
 
     def counts(self, index: int) -> Tensor:
         """(E,) calibration tokens of each expert of a layer."""
@@ -151,7 +212,9 @@ class RunFolder:
         self._states(name).unlink(missing_ok=True)
 
     def finish_calibration(self, description: dict) -> None:
-        self.write_calibration(description)
+        folder = self.folder / "stats"
+        files = {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+        self.write_calibration({**description, "files": files})
         shutil.rmtree(self.folder / "states", ignore_errors=True)
         (self.folder / "calibrating.json").unlink(missing_ok=True)
 
@@ -162,8 +225,11 @@ class RunFolder:
 
     def pricing(self, index: int, about: str) -> dict | None:
         """What a layer can spend on, if it was priced under the same digest."""
-        data = read_json(self._path("pricing", index, ".json"))
-        return data["priced"] if data is not None and data.get("about") == about else None
+        try:
+            data = read_json(self._path("pricing", index, ".json")) or {}
+        except UserError:
+            return None  # damaged: it is priced anew
+        return data.get("priced") if data.get("about") == about else None
 
     def write_pricing(self, index: int, about: str, priced: dict) -> None:
         write_json(self._path("pricing", index, ".json"), {"about": about, "priced": priced}, indent=None)

@@ -50,6 +50,7 @@ class Recipe:
         own_text: share of it that the model writes itself; None for the method's own.
         text_column: of .jsonl, .parquet and datasets.
         drop_mtp: leave out layers of multi-token prediction, and let config.json say that there are none.
+        heal: steps of healing that follow, which read the text too.
     """
 
     method: Method
@@ -65,6 +66,7 @@ class Recipe:
     seed: int = 0
     text_column: str | None = None
     drop_mtp: bool = False
+    heal: int = 0
 
     @classmethod
     def of(cls, method: str, options: dict, **rest: Any) -> Recipe:
@@ -79,12 +81,16 @@ class Recipe:
     def check(self) -> None:
         """Raises UserError for options that the method does not read."""
         self.method.needs_to_plan(self.options, self.allocation)
+        if not self.sequential and self.ratio is not None and not self.method.factorise_needs(self.options):
+            raise UserError(
+                f"{self.method.name} factorises without statistics with these options; leave --no-sequential out."
+            )
         given = {
             "calibration": self.calibration, "own-text": self.own_text or None, "seqlen": self.seqlen,
             "text-column": self.text_column,
         }  # fmt: skip
         for option, value in given.items():
-            if value is not None and not self.reads_text:
+            if value is not None and not self.reads_text and not self.heal:
                 raise UserError(f"{self.method.name} reads no text with these options; leave --{option} out.")
 
     @property
@@ -132,10 +138,11 @@ class Run:
         recipe = self.recipe
         if not recipe.reads_text:
             return None
-        return Calibration.read(
-            self.model, recipe.calibration, samples=recipe.samples, seqlen=recipe.seqlen, seed=recipe.seed,
-            own=self.own_share, text_column=recipe.text_column, kept=self.folder.own_text, progress=self.progress,
-        )  # fmt: skip
+        with self.folder.opened(self.model):  # where what the model writes is kept
+            return Calibration.read(
+                self.model, recipe.calibration, samples=recipe.samples, seqlen=recipe.seqlen, seed=recipe.seed,
+                own=self.own_share, text_column=recipe.text_column, kept=self.folder.own_text, progress=self.progress,
+            )  # fmt: skip
 
     def calibrate(self, statistics: set[str] | None = None) -> None:
         """`statistics`: which to collect; None for those that the recipe needs. None are needed: nothing is done."""

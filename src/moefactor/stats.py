@@ -75,14 +75,19 @@ class LayerStats:
         )
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], where: str) -> LayerStats:
-        """From stored tensors; UserError for names that are not statistics, NotFinite for numbers that are none."""
+    def of(cls, tensors: dict[str, Tensor], where: str, layer: ExpertLayer | None = None) -> LayerStats:
+        """From stored tensors; UserError for names or shapes that are not this layer's, NotFinite for numbers that are
+        none."""
         names = [f.name for f in fields(cls)]
         odd, missing = set(tensors) - {*names}, {*names[:4]} - set(tensors)
         if odd or missing:
             raise UserError(
                 f"{where}: not statistics of a layer ({', '.join(sorted(odd or missing))}). Calibrate again."
             )
+        wanted = cls.zeros(layer, set(STATISTICS), "meta").tensors() if layer is not None else {}
+        wrong = [name for name, tensor in tensors.items() if wanted and tensor.shape != wanted[name].shape]
+        if layer is not None and wrong:
+            raise UserError(f"{where}: {wrong[0]} is not of {layer.name}'s shape. Calibrate again.")
         stats = cls(**tensors)
         stats.check_finite(where)
         return stats

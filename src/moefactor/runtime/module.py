@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ class FactorisedExperts(nn.Module):
     # Taken over from the model's own experts.
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
-    _apply_gate: Callable[[Tensor], Tensor]
+    gate_of: type  # whose _apply_gate it is
     # Parameters that not every plan has.
     first_bias: nn.Parameter
     down_bias: nn.Parameter
@@ -39,19 +38,11 @@ class FactorisedExperts(nn.Module):
         self.layer: ExpertLayer = plan.layer
         self.forms: Mapping[str, Form] = plan.forms
         self._kernels: dict[tuple[torch.device, torch.dtype], dict[str, Kernel]] = {}
-        specs = {f"{stack}_{name}": s for stack, form in plan.forms.items() for name, s in form.tensors().items()}
-        shapes = {name: spec.shape for name, spec in specs.items()}
-        indices = {name for name, spec in specs.items() if spec.dtype == INT32}
-        if self.layer.biased:
-            first = self.layer.first_stack
-            shapes["first_bias"] = (self.layer.experts, self.layer.stack_width(first))
-            shapes["down_bias"] = (self.layer.experts, self.layer.hidden)
         self.intercept_ids = list(plan.intercept)
-        if plan.intercept:
-            shapes["intercept"] = (len(plan.intercept), self.layer.hidden)
-        for name, shape in shapes.items():
-            empty = torch.empty(shape, dtype=torch.int32 if name in indices else dtype, device="meta")
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=name not in indices))
+        for name, spec in plan.tensors().items():
+            whole = spec.dtype == INT32
+            empty = torch.empty(spec.shape, dtype=torch.int32 if whole else dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=not whole))
 
     @classmethod
     def replacing(cls, original: nn.Module, plan: LayerPlan) -> FactorisedExperts:
@@ -61,10 +52,12 @@ class FactorisedExperts(nn.Module):
         module.__dict__.update(own)
         for name, child in original.named_children():
             module.add_module(name, child)
-        if plan.layer.gated:
-            of_class = type(original)._apply_gate  # type: ignore[attr-defined]  # transformers' gated experts have it
-            module._apply_gate = MethodType(of_class, module)
+        module.gate_of = type(original)
         return module.train(original.training)
+
+    def _apply_gate(self, first: Tensor) -> Tensor:
+        """The original class's own. Not a method bound to the instance, which could not be pickled."""
+        return self.gate_of._apply_gate(self, first)  # type: ignore[attr-defined]  # transformers' gated experts have it
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routing = Routing(top_k_index, top_k_weights, self.layer.experts)

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
-from ..errors import UserError
+from ..errors import NotFinite, UserError
 from ..files import read_tensors, write_tensors
 from ..progress import Progress, Steps, silent
 from .tokenizer import Tokenizer, check_vocabulary, start_token
@@ -39,6 +45,11 @@ def write_windows(
         steps.tick()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # none of them is done
 
+    def sound(ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any() or scores.amax(-1).isinf().any():
+            raise NotFinite("what the model says of the next token", str(name))
+        return scores
+
     # No end token: a document that ends goes on with another, where stopping would leave padding.
     plain = GenerationConfig(
         max_new_tokens=length, min_new_tokens=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
@@ -52,7 +63,7 @@ def write_windows(
             # Not model.generate: a repository can put its own in that place.
             written = GenerationMixin.generate(
                 model, prompt, attention_mask=torch.ones_like(prompt), generation_config=plain,
-                stopping_criteria=StoppingCriteriaList([written_one]),
+                stopping_criteria=StoppingCriteriaList([written_one]), logits_processor=LogitsProcessorList([sound]),
             )  # fmt: skip
             parts.append(written[:, -length:].cpu())
     return torch.cat(parts)
@@ -110,15 +121,15 @@ def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = kept
 
 
-def kept_windows(file: Path | None, about: tuple, write: Callable[[], Tensor]) -> Tensor:
-    """What `write` gives, from `file` where an earlier run has left the same; kept there otherwise.
+def kept_windows(file: Path | None, about: tuple, shape: tuple[int, int], write: Callable[[], Tensor]) -> Tensor:
+    """What `write` gives, of that shape, from `file` where an earlier run has left the same; kept there otherwise.
 
     Writing takes long, and a resumed run must read the same text even where sampling can't be repeated bit for bit.
     """
     name = hashlib.sha256(repr(about).encode()).hexdigest()
     if file is not None and file.is_file():
         found = read_tensors(file)
-        if name in found:
+        if name in found and found[name].dtype == torch.long and found[name].shape == shape:
             return found[name]
     written = write()
     if file is not None:

@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...allocate import Budget, Planned
-from ...errors import UserError
+from ...allocate import Budget, Planned, TooSmall
 from ...experts import ExpertLayer
 from ...fitting.channels import ragged_forms
 from ...fitting.metrics import Cut, Metrics
@@ -96,7 +95,7 @@ def plan_tables(tables: list[Table], budget: Budget) -> Planned:
     available = budget.parameters - sum(table.layer.bias_count for table in tables)
     choices = knapsack([[row.alternative() for row in table.rows] for table in tables], available)
     if choices is None:
-        raise UserError(
+        raise TooSmall(
             f"biaxial: this ratio can't be reached; the highest with these options is {_highest_ratio(tables):.3f}."
         )
     rows = [table.rows[index] for table, (index, _) in zip(tables, choices, strict=True)]
