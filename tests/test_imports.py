@@ -147,6 +147,18 @@ print("moefactor" in AUTO_QUANTIZER_MAPPING, transformers.__spec__.loader.__clas
     assert in_a_new_process(code) == ["False", "True", "SourceFileLoader"]
 
 
+def test_asking_whether_transformers_is_there_changes_nothing() -> None:
+    """As accelerate, datasets and others do before they import it."""
+    code = """
+import moefactor
+from importlib.util import find_spec
+print(find_spec("transformers") is not None, find_spec("transformers.models") is not None)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print("moefactor" in AUTO_QUANTIZER_MAPPING)
+"""
+    assert in_a_new_process(code) == ["True", "True", "True"]
+
+
 def test_functions_stay_functions() -> None:
     """Whatever modules are imported, and in whatever order."""
     code = """

@@ -51,9 +51,9 @@ class _Loader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self.loader  # as if nothing had been in between
         self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
         import_module(PLUG_IN)
