@@ -12,8 +12,8 @@ from typing import Any
 from .allocate import TooSmall
 from .errors import UserError
 from .evaluation import evaluate
-from .files import differences, digest_of, file_digest, locked, read_json, write_json
-from .identity import FACTORS, SourceRecord, maths_version, structure_of
+from .files import differences, file_digest, locked, read_json, write_json
+from .identity import FACTORS, SourceRecord, maths_version, structure_digest
 from .planning import check_ratio
 from .progress import Progress, silent
 from .run_folder import RunFolder
@@ -61,7 +61,7 @@ def compare(
     with locked(output / ".lock", str(output)):
         runs = _Runs(streamed, output, calibration, own_text, text_column, seqlen, progress)
         about = {
-            "model": model, "source": digest_of(structure_of(streamed.reader.checkpoint))[:32],
+            "model": model, "source": structure_digest(streamed.reader.checkpoint),
             "calibration": calibration, "own_text": own_text, "samples": samples, "seqlen": seqlen, "seed": seed,
             "texts": [[text, content_digest(text)] for text in texts], "window": window,
             "max_windows": max_windows, "dtype": dtype, "text_column": text_column,

@@ -30,7 +30,7 @@ from .fields import routers
 from .files import digest_of, file_digest, locked, read_json, replacing
 from .fitting.descent import Kept, descend
 from .fitting.soap import Soap, falling
-from .identity import maths_version, structure_of
+from .identity import maths_version, structure_digest
 from .loading import Model, load
 from .progress import Progress, Steps, silent
 from .runtime.module import FactorisedExperts
@@ -385,7 +385,7 @@ class _Healing:
 def _check_teacher(folder: Path, teacher: str) -> None:
     """Warns where the student's records say that it was made from another model."""
     made_from = ((read_json(folder / "compression.json") or {}).get("about") or {}).get("weights")
-    if made_from is not None and made_from != digest_of(structure_of(Checkpoint(resolve(teacher))))[:32]:
+    if made_from is not None and made_from != structure_digest(Checkpoint(resolve(teacher))):
         warnings.warn(
             f"{teacher} is not the model that {folder} was made from, by its config.json and the headers of its files; "
             "healing goes towards what it is given.",

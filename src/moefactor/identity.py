@@ -50,6 +50,15 @@ def _header_digest(path: Path) -> str:
         return hashlib.sha256(file.read(size)).hexdigest()[:32]
 
 
+def structure_digest(checkpoint: Checkpoint) -> str:
+    """The same for a copy of the folder, and for other numbers in the same shapes."""
+    return _short(structure_of(checkpoint))
+
+
+def _short(structure: dict) -> str:
+    return digest_of(structure)[:32]
+
+
 def weights_now(checkpoint: Checkpoint) -> str:
     """A digest that any change of the weights changes, and a copy of the folder too: for what may be made again."""
     times = {path.name: _times(path) for path in sorted(set(checkpoint.files.values()))}
@@ -76,6 +85,11 @@ class SourceRecord:
                 self._recognise(known)
         except (KeyError, TypeError, AttributeError):
             raise self._refusal("its source.json is damaged") from None
+
+    @property
+    def digest(self) -> str:
+        """The same as structure_digest."""
+        return _short(self.structure)
 
     def _recognise(self, known: dict) -> None:
         """Takes over what an earlier stage saw of the same weights. Raises UserError where they are others."""
