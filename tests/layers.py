@@ -6,7 +6,7 @@ import json
 from dataclasses import fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from moefactor.allocate import Budget, LayerOffers
@@ -24,6 +24,26 @@ LAYERS = {
         "model.layers.0.mlp.experts", "model.layers.0", 8, 16, 24, concatenated=False, transposed=True, biased=True
     ),
 }
+
+
+class Experts(nn.Module):
+    """As much of a fused experts module as the observed forward asks for; `norm` is what outputs go through before they
+    are weighed and added."""
+
+    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
+
+    def __init__(self, norm: nn.Module | None = None):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 6, generator=generator))
+        self.down_proj = nn.Parameter(torch.randn(3, 6, 4, generator=generator))
+        self.has_post_expert_norm = norm is not None
+        if norm is not None:
+            self.post_expert_norm = norm
+
+    def _apply_gate(self, first: Tensor) -> Tensor:
+        gate, up = first.chunk(2, dim=-1)
+        return silu(gate) * up
 
 
 def random_weights(layer: ExpertLayer = LAYERS["gated"], *, seed: int = 0) -> ExpertWeights:

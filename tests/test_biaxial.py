@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 
 import moefactor
-from layers import LAYERS, UNUSED, activation, only, random_stats, random_weights, routed, routed_tokens, stacked
+from layers import (
+    LAYERS,
+    UNUSED,
+    Experts,
+    activation,
+    only,
+    random_stats,
+    random_weights,
+    routed,
+    routed_tokens,
+    stacked,
+)
 from models import IDS, load, logits, read_plan, rebuilt
 from moefactor.allocate import Budget
 from moefactor.errors import UserError
@@ -70,22 +81,6 @@ def test_latent_is_its_dense_experts(halves: int) -> None:
     pairs = torch.stack([x @ form.dense(factors, int(e)) for x, e in zip(h, routing.expert, strict=True)])
     torch.testing.assert_close(run.write(factors, h, routing), pairs)
     torch.testing.assert_close(run.write_combined(factors, h, routing), routing.combine(pairs))
-
-
-class Experts(nn.Module):
-    """As much of a fused experts module as the observed forward asks for."""
-
-    has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, False
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 6, generator=generator))
-        self.down_proj = nn.Parameter(torch.randn(3, 6, 4, generator=generator))
-
-    def _apply_gate(self, first: Tensor) -> Tensor:
-        gate, up = first.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * up
 
 
 def test_first_gradient_is_the_chain_rule_by_hand() -> None:

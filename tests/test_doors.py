@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moefactor
+from layers import Experts
 from models import IDS, load, logits, on_disk
 from moefactor.checkpoint import INDEX, WEIGHTS, Checkpoint
 from moefactor.discover import find_experts
@@ -269,25 +270,11 @@ def test_models_that_do_more_between_layers_are_refused(tmp_path: Path, text_fil
     assert torch.isfinite(logits(load(moefactor.compress(str(source), "svd", 0.1, tmp_path / "out")))).all()
 
 
-class NormedExperts(nn.Module):
-    """Experts whose outputs go through a norm before they are weighed and added."""
-
-    has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, True
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 6, generator=generator))
-        self.down_proj = nn.Parameter(torch.randn(3, 6, 4, generator=generator))
-        self.post_expert_norm = nn.RMSNorm(6)
-
-    def _apply_gate(self, first: Tensor) -> Tensor:
-        gate, up = first.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * up
-
-
 def test_output_gradients_are_those_before_the_norm() -> None:
-    module, stats = NormedExperts(), LayerStats.zeros(ExpertLayer("experts", "layer", 3, 4, 6), {"output_gradient"})
+    module, stats = (
+        Experts(nn.RMSNorm(6)),
+        LayerStats.zeros(ExpertLayer("experts", "layer", 3, 4, 6), {"output_gradient"}),
+    )
     module.gradient_observer = stats
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
     ids, weights = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [0, 1]]), torch.rand(5, 2)
