@@ -145,7 +145,11 @@ class Checkpoint:
 
     @contextmanager
     def slices(self, names: list[str]) -> Iterator[dict[str, Slice]]:
-        """Lazy slices of the named tensors, their files open while the context is."""
+        """Lazy slices of the named tensors, their files open while the context is. UserError for one that is absent."""
+        absent = [name for name in names if name not in self.files]
+        if absent:
+            count = f" ({len(absent)} such tensors)" if len(absent) > 1 else ""
+            raise UserError(f"{self.folder}: {absent[0]} is missing{count}. Download it again.")
         handles, slices = {}, {}
         for name in names:
             path = self.files[name]

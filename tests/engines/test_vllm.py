@@ -1,0 +1,180 @@
+"""Compressed folders served by vLLM on a CPU: greedy tokens equal to transformers', in float32. `make test-vllm`.
+
+bfloat16 would not do: it flips routers, and the untouched model too differs after some tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import moefactor
+from moefactor.errors import UserError
+from moefactor.stages import Recipe
+
+# Before vLLM is imported. Its engine stays in this process, so that models need not pay for its start one by one.
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+}  # fmt: skip
+vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+PROMPTS = [[(7 * i + start) % 256 for i in range(12)] for start in (1, 50, 99)]
+TOKENS = 12
+# Attention as small as vLLM's kernels for CPUs take it.
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+MLA = {**WIDE, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "kv_lora_rank": 512, "head_dim": 64}
+ROUTER = {
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}  # which vLLM, unlike transformers, does not know by itself
+ARCHITECTURES = {
+    "qwen3_moe": {**WIDE, "head_dim": 32},
+    "qwen2_moe": {**WIDE, "head_dim": 32},
+    "mixtral": WIDE,
+    "olmoe": WIDE,
+    "granitemoe": WIDE,
+    "glm4_moe": {**WIDE, "head_dim": 32},
+    "gpt_oss": {**WIDE, "head_dim": 32},
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA | ROUTER,
+}
+QUICK = {"samples": 4, "seqlen": 64}
+FORMS: dict[str, tuple[str, dict]] = {
+    "svd": ("svd", {}),
+    "shared_basis": ("shared_basis", QUICK),
+    "rfid": ("rfid", QUICK),
+    "d2moe": ("d2moe", QUICK),
+    "mobe": ("mobe", {"steps": 20, "ratio": 0.2}),
+    "slbf": ("slbf", {"steps": 20, "ratio": 0.2}),
+    "channels": ("channels", QUICK),
+    "fast": ("biaxial", {**QUICK, "refine_steps": 2}),
+    "linear": ("biaxial", {**QUICK, "form": "linear", "steps": 20, "refine_steps": 2}),
+    "tight": ("biaxial", {**QUICK, "form": "tight", "steps": 20, "refine_steps": 2}),
+    "reap": ("reap", QUICK),
+    "one_width": ("channels", {**QUICK, "widths": "model"}),
+}
+
+
+@pytest.fixture(scope="session")
+def made(reference_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`made("fast")`: the reference model in that form."""
+    root = tmp_path_factory.mktemp("served")
+
+    @cache
+    def make(name: str) -> Path:
+        method, options = FORMS[name]
+        options = dict(options)
+        ratio = options.pop("ratio", 0.4)
+        own = {key: options.pop(key) for key in QUICK if key in options}
+        text = {"calibration": str(text_file), **own} if Recipe.of(method, options).reads_text else {}
+        return moefactor.compress(str(reference_moe), method, ratio, root / name, **text, **options)
+
+    return make
+
+
+def transformers_tokens(folder: Path) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        answers.append(made[0, len(prompt) :].tolist())
+    return answers
+
+
+def vllm_tokens(folder: Path, look: Callable | None = None, **engine: object) -> list[list[int]]:
+    engine = {"enforce_eager": True, **engine}
+    model = vllm.LLM(str(folder), dtype="float32", max_model_len=64, max_num_seqs=4, **engine)
+    try:
+        if look:
+            look(model.llm_engine.model_executor.driver_worker.get_model())
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        answers = model.generate(prompts, sampling, use_tqdm=False)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+    finally:
+        model.llm_engine.engine_core.shutdown()
+        del model
+        gc.collect()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form(made: Callable[[str], Path], name: str) -> None:
+    folder = made(name)
+    assert vllm_tokens(folder) == transformers_tokens(folder)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture(
+    tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path, kind: str
+) -> None:  # fmt: skip
+    """Uneven experts in a latent space: what the models' own loaders would not know where to put."""
+    source = tiny_model(kind, **ARCHITECTURES[kind])
+    out = moefactor.compress(
+        str(source), "biaxial", 0.4, tmp_path / "out", calibration=str(text_file), samples=4, seqlen=16, refine_steps=1,
+        own_text=0.0,
+    )  # fmt: skip
+    assert vllm_tokens(out) == transformers_tokens(out)
+
+
+@pytest.mark.parametrize("name", ["fast", "tight", "channels", "rfid", "mobe", "d2moe"])
+def test_two_ranks(made: Callable[[str], Path], name: str) -> None:
+    folder = made(name)
+    assert vllm_tokens(folder, tensor_parallel_size=2) == transformers_tokens(folder)
+
+
+def test_compiled(made: Callable[[str], Path]) -> None:
+    folder = made("tight")
+    assert vllm_tokens(folder, enforce_eager=False) == transformers_tokens(folder)
+
+
+def test_what_is_resident(made: Callable[[str], Path]) -> None:
+    """The plan's numbers, in the dtype served, and nothing beside them."""
+    folder = made("fast")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    stored = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored += sum(
+                file.get_tensor(name).numel() for name in file.keys() if ".experts." in name  # noqa: SIM118
+            )  # fmt: skip
+
+    def look(model: torch.nn.Module) -> None:
+        held = {id(p): p for name, p in model.named_parameters() if ".experts." in name}
+        assert sum(p.numel() for p in held.values()) == stored
+        assert {p.dtype for p in held.values()} == {torch.float32}
+
+    vllm_tokens(folder, look)
+    assert len(config["layers"]) == 4
+
+
+@pytest.mark.parametrize("tensor", ["mlp.experts.gate_up_basis", "self_attn.o_proj.weight"])
+def test_a_lost_tensor_is_named(
+    made: Callable[[str], Path], copied: Callable[[Path], Path], tensor: str
+) -> None:  # fmt: skip
+    folder, tensor = copied(made("fast")), f"model.layers.1.{tensor}"
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if tensors.pop(tensor, None) is not None:
+            save_file(tensors, path, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"].pop(tensor)
+        index.write_text(json.dumps(content))
+    with pytest.raises((UserError, ValueError), match=tensor.replace(".", r"\.")):
+        vllm_tokens(folder)
