@@ -15,7 +15,7 @@ from ..comparison import compare as compare_verb
 from ..compression import compress as compress_verb
 from ..coverage import Coverage
 from ..errors import UserError
-from ..export import export_dense
+from ..export import export_dense, export_gguf
 from ..files import locked
 from ..healing import LABELS, Trained
 from ..healing import heal as heal_verb
@@ -216,16 +216,40 @@ def compare(
 @app.command()
 def export(
     model: Model,
-    output: Output,
-    dense: Annotated[bool, typer.Option("--dense", help="Rebuild every expert; the only target there is yet.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With --dense: folder to write; must not exist.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="An ordinary MoE checkpoint, every expert rebuilt.")] = False,
+    gguf: Annotated[Path | None, typer.Option(help="A file for llama.cpp, by its own converter.")] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Of --gguf: f32, bf16, f16, q8_0, q4_k_m ...", show_default="what the weights have"),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="llama.cpp's folder.", show_default="LLAMA_CPP, else what is on the PATH")
+    ] = None,
+    pre_tokenizer: Annotated[
+        str | None, typer.Option(help="Of --gguf: llama.cpp's name of one, where it does not know the tokenizer.")
+    ] = None,
     trust_remote_code: Trust = False,
-) -> None:
-    """An ordinary MoE checkpoint again, for engines that know nothing of moefactor."""
-    if not dense:
-        raise UserError("Say what to export to: --dense rebuilds every expert.")
+) -> None:  # fmt: skip
+    """For engines that know nothing of moefactor: an ordinary MoE checkpoint again, or a GGUF."""
+    if dense == bool(gguf):
+        raise UserError("Say what to export to: --dense -o FOLDER rebuilds every expert, --gguf FILE is for llama.cpp.")
+    of_gguf = {"--quant": quant, "--llama-cpp": llama_cpp, "--pre-tokenizer": pre_tokenizer}
+    if dense and (given := next((option for option, value in of_gguf.items() if value), None)):
+        raise UserError(f"{given} goes with --gguf.")
+    if dense != bool(output):
+        raise UserError("--dense takes -o, the folder to write." if dense else "-o goes with --dense; --gguf has FILE.")
     with Bars() as bars:
-        export_dense(model, output, trust_remote_code=trust_remote_code, progress=bars)
-    console.print(f"Wrote {output}, of the original's size and layout.")
+        if gguf:
+            export_gguf(
+                model, gguf, quant=quant, llama_cpp=llama_cpp, pre_tokenizer=pre_tokenizer,
+                trust_remote_code=trust_remote_code, progress=bars,
+            )  # fmt: skip
+        elif output:
+            export_dense(model, output, trust_remote_code=trust_remote_code, progress=bars)
+    console.print(f"Wrote {gguf}." if gguf else f"Wrote {output}, of the original's size and layout.")
 
 
 def show_coverage(rows: list[Coverage]) -> None:
