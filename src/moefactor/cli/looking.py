@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 
 from ..evaluation import evaluate as evaluate_verb
-from ..generate import generate as generate_verb
 from ..inspection import inspect as inspect_verb
 from ..inspection import kernels_of
 from ..methods import available, get
@@ -121,14 +120,3 @@ def evaluate(
     console.print(evaluation_table(results))
     if json_output:
         json_output.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
-
-
-@app.command()
-def generate(
-    model: Model, prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    tokens: Annotated[int, typer.Option(help="How many new ones at most.", min=1)] = 50, device: Device = None,
-    trust_remote_code: Trust = False,
-) -> None:  # fmt: skip
-    """Continue a prompt, greedily."""
-    said = generate_verb(model, prompt, tokens=tokens, device=device, trust_remote_code=trust_remote_code)
-    console.print(said, markup=False, highlight=False)
