@@ -17,7 +17,7 @@ NOUNS = {"errors", "progress", "experts", "stats", "routing", "plan", "allocate"
 MATHS = {"fitting", "methods"}
 VERBS = {
     "inspection", "calibrate", "planning", "factorise", "write", "stages", "compression", "comparison", "evaluation",
-    "generate", "healing", "export",
+    "generate", "healing", "export", "chat",
 }  # fmt: skip
 DOORS = {
     "files", "checkpoint", "discover", "streaming", "observing", "loading", "text", "run_folder", "identity", "runtime",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
+from ..chat import Conversation
+from ..errors import UserError
 from ..generate import generate as generate_verb
 from ..serving import Engine, server_of
-from .shared import Device, Dtype, Model, Trust, app, console
+from .shared import DTYPES, Device, Dtype, Model, Seed, Trust, app, console, errors
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -32,6 +37,67 @@ def serve(
     if not server.chats:
         console.print("It has no chat template: /completions answers, /chat/completions does not.")
     server.run()
+
+
+@app.command()
+def chat(
+    model: Model, system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of one reply.", min=1)] = 512,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0: the likeliest token each time.", show_default="as generation_config.json says", min=0),
+    ] = None,
+    seed: Seed = 0, device: Device = None,
+    dtype: Annotated[Dtype, typer.Option(help="To run in; auto: the checkpoint's own.")] = "auto",
+    trust_remote_code: Trust = False,
+) -> None:  # fmt: skip
+    """Talk with a model. /clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops a reply.
+
+    Where the input is no terminal, each of its lines is a turn, and the replies alone are written.
+    """
+    conversation = Conversation(
+        model, system=system, tokens=max_tokens, temperature=temperature, seed=seed, device=device,
+        dtype=DTYPES.get(dtype, dtype), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if not conversation.has_template:
+        errors.print(f"{model} has no chat template: each line is continued by itself.", markup=False, highlight=False)
+    asked = sys.stdin.isatty()
+    for words in _turns(asked):
+        if words.strip() == "/clear":
+            conversation.forget()
+            continue
+        try:
+            conversation.reply(words, _tell)
+        except KeyboardInterrupt:
+            if not asked:
+                raise
+        except UserError as error:
+            if not asked:
+                raise
+            errors.print(f"{error} /clear begins anew.", style="yellow", markup=False, highlight=False)
+        print(flush=True)
+
+
+def _tell(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _turns(asked: bool) -> Iterator[str]:
+    """Lines, empty ones left out, until /exit or their end."""
+    if asked:
+        with suppress(ImportError):
+            import readline  # noqa: F401 (arrows and history in `input`)
+    while True:
+        try:
+            words = input("> " if asked else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise UserError("The input is not UTF-8 text.") from None
+        if words.strip() == "/exit":
+            return
+        if words.strip():
+            yield words
 
 
 @app.command()
