@@ -16,6 +16,7 @@ from ..inspection import kernels_of
 from ..methods import available, get
 from .shared import (
     DTYPES,
+    LOOK,
     Bars,
     Column,
     Device,
@@ -29,7 +30,7 @@ from .shared import (
 from .tables import evaluation_table, kernel_table, size
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(model: Model, ratio: Ratio = 0.4, trust_remote_code: Trust = False) -> None:
     """What is in a model, and what it would shrink to. Reads no weights."""
     found = inspect_verb(model, trust_remote_code=trust_remote_code)
@@ -49,7 +50,7 @@ def inspect(model: Model, ratio: Ratio = 0.4, trust_remote_code: Trust = False) 
     console.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None,
     kernels: Annotated[
@@ -82,7 +83,7 @@ def methods(
     console.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def evaluate(
     model: Model,
     against: Annotated[str | None, typer.Option(help="A second model to compare with, usually the dense one.")] = None,

@@ -25,7 +25,11 @@ from ..stages import Recipe, Run, planned_recipe
 from ..stats import STATISTICS
 from ..streaming import StreamedModel, default_device
 from .shared import (
+    LOOK,
+    MAKE,
     METHOD_FLAGS,
+    STAGES,
+    USE,
     Allocation,
     Bars,
     Column,
@@ -52,7 +56,7 @@ from .shared import (
 from .tables import comparison_table, coverage_table, plan_table, validation_table
 
 
-@app.command(context_settings=METHOD_FLAGS)
+@app.command(context_settings=METHOD_FLAGS, rich_help_panel=MAKE)
 def compress(
     context: typer.Context, model: Model, output: Output, method: MethodName = "biaxial", ratio: Ratio = 0.4,
     calibration: Text = None, own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
@@ -82,7 +86,7 @@ def compress(
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 
-@app.command(context_settings=METHOD_FLAGS)
+@app.command(context_settings=METHOD_FLAGS, rich_help_panel=STAGES)
 def calibrate(
     context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", calibration: Text = None,
     own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
@@ -106,7 +110,7 @@ def calibrate(
     console.print(f"{told} Next: moefactor plan {model} --run {run} --method {method}")
 
 
-@app.command(context_settings=METHOD_FLAGS)
+@app.command(context_settings=METHOD_FLAGS, rich_help_panel=STAGES)
 def plan(
     context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: Ratio = 0.4,
     seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
@@ -129,7 +133,7 @@ def plan(
         console.print(f"Wrote {work.folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def factorise(
     model: Model, run: RunOption, output: Output, calibration: Text = None, own_text: OwnText = None,
     samples: Samples = 256, seqlen: Seqlen = None,
@@ -154,7 +158,7 @@ def factorise(
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def heal(
     model: Annotated[str, typer.Argument(help="Folder of a compressed model.", show_default=False)],
     teacher: Annotated[str, typer.Option(help="The dense model that it was made from.", show_default=False)],
@@ -176,7 +180,7 @@ def heal(
     console.print(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def compare(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results.json; a stopped run goes on.")],
@@ -213,7 +217,7 @@ def compare(
     console.print(comparison_table(rows))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     model: Model,
     output: Annotated[

@@ -13,10 +13,10 @@ from ..chat import Conversation
 from ..errors import UserError
 from ..generate import generate as generate_verb
 from ..serving import Engine, server_of
-from .shared import DTYPES, Device, Dtype, Model, Seed, Trust, app, console, errors
+from .shared import DTYPES, USE, Device, Dtype, Model, Seed, Trust, app, console, errors
 
 
-@app.command(context_settings={"allow_extra_args": True})
+@app.command(context_settings={"allow_extra_args": True}, rich_help_panel=USE)
 def serve(
     context: typer.Context, model: Model, host: Annotated[str, typer.Option(help="To listen on.")] = "localhost",
     port: Annotated[int, typer.Option(help="To listen on.", min=1, max=65535)] = 8000,
@@ -39,7 +39,7 @@ def serve(
     server.run()
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def chat(
     model: Model, system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Of one reply.", min=1)] = 512,
@@ -100,7 +100,7 @@ def _turns(asked: bool) -> Iterator[str]:
             yield words
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def generate(
     model: Model, prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     tokens: Annotated[int, typer.Option(help="How many new ones at most.", min=1)] = 50, device: Device = None,
