@@ -33,26 +33,10 @@ class Server:
     chats: bool
     arguments: tuple[str, ...]
 
-    def run(self) -> None:
-        """Serves until it is interrupted. vLLM takes this process's place."""
-        if self.engine == "vllm":
-            # Its processes load the plug-in themselves, by its entry point.
-            sys.stdout.flush()
-            os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *self.arguments])
-        from transformers.cli.transformers import app
-
-        # In this process, where the plug-in is registered.
-        try:
-            code = app(["serve", *self.arguments], prog_name="transformers", standalone_mode=False)
-        except Exception as error:
-            # Of click's, of which that command line may have another copy than ours.
-            if isinstance(error.__cause__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
-            if hasattr(error, "format_message"):
-                raise UserError(f"transformers serve: {error.format_message()}") from None
-            raise
-        if code:
-            sys.exit(code)
+    def become_vllm(self) -> None:
+        """Puts vLLM in this process's place. Its processes load the plug-in themselves, by its entry point."""
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *self.arguments])
 
 
 def server_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Annotated
 
@@ -36,7 +36,19 @@ def serve(
     console.print(f"{server.model} by {server.engine} at {server.url}, until Ctrl-C.", markup=False, highlight=False)
     if not server.chats:
         console.print("It has no chat template: /completions answers, /chat/completions does not.")
-    server.run()
+    if server.engine == "vllm":
+        server.become_vllm()
+    _transformers_serve(server.arguments)
+
+
+def _transformers_serve(arguments: Sequence[str]) -> None:
+    """The command of transformers' own line, in this process, where the plug-in is registered."""
+    from transformers.cli.serve import Serve
+
+    theirs = typer.Typer(add_completion=False)
+    theirs.command()(Serve)
+    if code := theirs(arguments, prog_name="transformers serve", standalone_mode=False):
+        raise typer.Exit(code)
 
 
 @app.command(rich_help_panel=USE)
