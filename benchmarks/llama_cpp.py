@@ -1,8 +1,7 @@
-"""Whether llama.cpp says what transformers says: greedy tokens of a GGUF against those of the folder it is made of.
+"""Whether llama.cpp says what transformers says: greedy tokens of a model and of the GGUF that is made of it.
 
-    pip install xllamacpp        # llama.cpp's server as a package
-    moefactor export OUT --gguf OUT.gguf --quant f32
-    python benchmarks/llama_cpp.py OUT OUT.gguf
+    pip install xllamacpp        # llama.cpp's server as a package; its converter is found as `moefactor export` does it
+    python benchmarks/llama_cpp.py OUT ... --pre-tokenizer qwen2
 
 Token ids go in and come out, so that the two tokenizers do not matter. Compare in f32: rounding turns routers aside,
 and quantised models differ after some tokens even when they are sound. Ends with 1 unless all prompts agree.
@@ -15,9 +14,11 @@ import json
 import sys
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from moefactor.export import export_gguf
 from moefactor.loading import load
 from moefactor.text import continue_text, load_tokenizer
 
@@ -75,26 +76,42 @@ class LlamaCpp:
         return said["tokens"], [place["logprob"] for place in said.get("completion_probabilities", [])]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a model that transformers loads; one of moefactor's too")
-    parser.add_argument("gguf", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    expected = transformers_tokens(arguments.folder)
-    server = LlamaCpp(arguments.gguf)
+def compared(folder: str, gguf: Path) -> int:
+    """Prompts whose tokens are equal; prints each."""
+    expected = transformers_tokens(folder)
+    server = LlamaCpp(gguf)
     equal = 0
     for prompt, (ids, tokens, scores) in zip(PROMPTS, expected, strict=True):
         said, said_scores = server.tokens(ids, len(tokens))
-        same = next(
-            (i for i, (a, b) in enumerate(zip(said, tokens, strict=False)) if a != b), min(len(said), len(tokens))
-        )
-        farthest = max((abs(a - b) for a, b in zip(said_scores[:same], scores[:same], strict=False)), default=0.0)
+        pairs = zip(said, tokens, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(said), len(tokens)))
+        farthest = max((abs(a - b) for a, b in zip(said_scores[:same], scores[:same], strict=True)), default=0.0)
         equal += said == tokens
         verdict = "equal" if said == tokens else f"differ from token {same} on"
-        print(f"{prompt!r:30} {verdict}, log-probabilities within {farthest:.1e} before")
-    print(f"{equal} of {len(PROMPTS)} equal")
-    sys.exit(equal < len(PROMPTS))
+        print(f"    {prompt!r:30} {verdict}, log-probabilities within {farthest:.1e} before")
+    return equal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="what transformers loads; compressed ones too")
+    parser.add_argument("--quant", default="f32")
+    parser.add_argument("--llama-cpp")
+    parser.add_argument("--pre-tokenizer")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    equal = 0
+    with TemporaryDirectory() as scratch:
+        for number, folder in enumerate(arguments.folders):
+            gguf = export_gguf(
+                folder, Path(scratch) / f"{number}.gguf", quant=arguments.quant, llama_cpp=arguments.llama_cpp,
+                pre_tokenizer=arguments.pre_tokenizer,
+            )  # fmt: skip
+            print(f"{Path(folder).name}, {arguments.quant}, {gguf.stat().st_size / 1e6:.2f} MB")
+            found = compared(folder, gguf)
+            print(f"    {found} of {len(PROMPTS)} equal", flush=True)
+            equal += found
+    sys.exit(equal < len(PROMPTS) * len(arguments.folders))
 
 
 if __name__ == "__main__":

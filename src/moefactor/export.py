@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, CheckpointWriter, ModelReader, dtype_of, ref
 from .discover import build_skeleton, find_experts, own_code_refused, read_config
 from .errors import UserError
 from .experts import CompressedExperts
-from .files import locked, read_json, replacing
+from .files import locked, replacing
 from .llama_cpp import (
     BLOCKS,
     CONVERTED,
@@ -33,6 +33,7 @@ from .plan import LayerPlan
 from .progress import Progress, Steps, silent
 from .runtime.format import QUANT_METHOD, STUB, layer_plans
 from .runtime.module import FactorisedExperts
+from .text import names_own_code
 
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # llama.cpp's names
 
@@ -90,34 +91,29 @@ def export_gguf(
     """
     file, tools = Path(file).expanduser(), Path(llama_cpp) if llama_cpp else None
     refuse_existing(file)
-    folder = resolve(name)
+    folder, title = resolve(name), Path(name).expanduser().resolve().name
     config = read_config(folder, name, trust_remote_code)
     checkpoint = Checkpoint(folder)
     own = TYPES.get(dtype_of(config, checkpoint), "bf16")  # FP8 and the like are undone on reading
     kind = checked_type(quant or own)
     converter = find_converter(tools)
     quantiser = None if kind in CONVERTED else find_quantiser(tools)
-    if "auto_map" in (read_json(folder / "tokenizer_config.json") or {}) and not trust_remote_code:
-        raise own_code_refused(name, "llama.cpp's converter reads its tokenizer with what")
+    if names_own_code(folder) and not trust_remote_code:  # which llama.cpp's converter would run unasked
+        raise own_code_refused(name, "Its tokenizer")
     compressed = bool(_taken_description(config))
     for warning in _fallbacks(build_skeleton(config, name, trust_remote_code=trust_remote_code), name, kind):
         warnings.warn(warning, stacklevel=2)
     steps = Steps(progress, "gguf", 1 + bool(quantiser))
-    file.parent.mkdir(parents=True, exist_ok=True)
     with (
         locked(file.with_name(f".{file.name}.lock"), str(file)),
         replacing(file) as partial,
         TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as beside,
     ):
         if compressed:
-            folder = export_dense(
-                name, Path(beside) / folder.name, trust_remote_code=trust_remote_code, progress=progress
-            )
+            folder = export_dense(name, Path(beside) / title, trust_remote_code=trust_remote_code, progress=progress)
         converted = Path(beside) / "converted.gguf" if quantiser else partial
         steps.detail = f"converting to {own if quantiser else kind}"
-        convert(
-            converter, folder, converted, own if quantiser else kind, name=folder.name, pre_tokenizer=pre_tokenizer
-        )  # fmt: skip
+        convert(converter, folder, converted, own if quantiser else kind, name=title, pre_tokenizer=pre_tokenizer)
         steps.tick()
         if quantiser:
             quantise(quantiser, converted, partial, kind)

@@ -16,6 +16,7 @@ from .tokenizer import (
     chat_ids,
     check_vocabulary,
     load_tokenizer,
+    names_own_code,
     prompt_ids,
     separator,
     start_token,
@@ -25,7 +26,7 @@ from .windows import model_length, read_ids, sample_windows, tokenise, tokenise_
 __all__ = [
     "BUILT_IN", "OWN", "SAMPLED", "Reading", "Tokenizer", "all_windows", "chat_ids", "check_vocabulary",
     "continue_text", "draw_windows", "generation_settings", "kept_windows", "load_tokenizer", "model_length",
-    "own_weight", "parse_sources", "prompt_ids", "read_documents", "read_ids", "read_text",
+    "names_own_code", "own_weight", "parse_sources", "prompt_ids", "read_documents", "read_ids", "read_text",
     "sample_windows", "separator", "sources", "start_token", "tokenise", "tokenise_documents", "vocabulary_of",
     "windows", "with_own", "without_generation_config", "write_windows",
 ]  # fmt: skip

@@ -39,14 +39,15 @@ def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> Token
         raise UserError(f"{folder}: no tokenizer that transformers can load: {reason}") from None
 
 
+def names_own_code(folder: Path) -> bool:
+    """Whether the tokenizer comes with code of the repository's own, though transformers may have its class too."""
+    return bool(_settings(folder).get("auto_map"))
+
+
 def _own_class(folder: Path) -> str | None:
     """The class of a tokenizer that is the repository's own, not one of transformers'."""
-    path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    named = config.get("auto_map") if isinstance(config, dict) else None
+    config = _settings(folder)
+    named = config.get("auto_map")
     named = named.get("AutoTokenizer") if isinstance(named, dict) else named  # older ones are a list alone
     if not named:
         return None
@@ -54,6 +55,16 @@ def _own_class(folder: Path) -> str | None:
     if ordinary and (tokenizer_class_from_name(ordinary) or tokenizer_class_from_name(f"{ordinary}Fast")):
         return None
     return next((str(name) for name in ([named] if isinstance(named, str) else named) if name), None)
+
+
+def _settings(folder: Path) -> dict:
+    """tokenizer_config.json, or nothing."""
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    return config if isinstance(config, dict) else {}
 
 
 def start_token(tokenizer: Tokenizer) -> int | None:
