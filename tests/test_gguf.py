@@ -137,6 +137,8 @@ def test_what_is_missing_is_said_before_anything_is_done(tiny_model: Callable, l
     source = str(tiny_model("qwen3_moe"))
     with pytest.raises(UserError, match=r"convert_hf_to_gguf.py is not on the PATH.*--llama-cpp or LLAMA_CPP"):
         export_gguf(source, out)
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        export_gguf(source, out, llama_cpp="nowhere")
     folder = llama_cpp("raise AssertionError", quantiser=False)
     with pytest.raises(UserError, match=f"llama-quantize is neither in {folder} nor on the PATH"):
         export_gguf(source, out, quant="q4_k_m", llama_cpp=folder)

@@ -18,11 +18,16 @@ from pathlib import Path
 import pytest
 
 from moefactor import serving
+from moefactor.chat import Conversation
 from moefactor.errors import UserError
 from moefactor.generate import generate
 from moefactor.serving import server_of
 
 PROMPT = "Once upon"
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @pytest.fixture
@@ -61,12 +66,13 @@ def ready(process: subprocess.Popen, port: int) -> bool:
     return False
 
 
-def test_a_factorised_folder_is_served(compressed: Callable[..., Path], port: int) -> None:
-    """It says what `generate` says, and Ctrl-C ends it."""
+def test_a_factorised_folder_is_served(compressed: Callable[..., Path], copied: Callable, port: int) -> None:
+    """It says what `generate` and `chat` say, and Ctrl-C ends it."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     pytest.importorskip("openai")
-    folder = compressed("qwen3_moe", "svd")
+    folder = copied(compressed("mixtral", "svd"))  # of qwen3_moe's replies the server expects ChatML
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     line = ["-m", "moefactor", "serve", folder, "--port", port, "--host", "127.0.0.1", "--dtype", "float32", "--engine",
             "transformers", "--", "--device", "cpu"]  # fmt: skip
     process = subprocess.Popen(
@@ -75,15 +81,18 @@ def test_a_factorised_folder_is_served(compressed: Callable[..., Path], port: in
     )  # fmt: skip
     try:
         assert ready(process, port), process.communicate(timeout=30)[0]
-        body = {"model": str(folder), "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-        said = ask(port, "v1/completions", body)["choices"][0]["text"]
+        body = {"model": str(folder), "max_tokens": 12, "temperature": 0}
+        said = ask(port, "v1/completions", body | {"prompt": PROMPT})["choices"][0]["text"]
         assert PROMPT + said == generate(str(folder), PROMPT, tokens=12, device="cpu")
+        messages = [{"role": "user", "content": PROMPT}]
+        said = ask(port, "v1/chat/completions", body | {"messages": messages})["choices"][0]["message"]["content"]
+        assert said == Conversation(str(folder), tokens=12, device="cpu").reply(PROMPT, lambda piece: None)
     finally:
         process.send_signal(signal.SIGINT)
         shown = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert f"{folder} by transformers at http://127.0.0.1:{port}/v1, until Ctrl-C." in shown
-    assert "It has no chat template" in shown
+    assert "chat template" not in shown
     assert "Traceback" not in shown
 
 
@@ -112,6 +121,7 @@ def test_vllm_where_it_is_installed(
     )  # fmt: skip
     assert code == 0
     assert shown.startswith(f"{folder} by vllm at http://localhost:{port}/v1")
+    assert "It has no chat template: /completions answers" in shown
     ((program, line),) = called
     assert program == line[0] == sys.executable
     assert " ".join(line[1:]) == (

@@ -79,6 +79,8 @@ def find_quantiser(folder: Path | None) -> Path:
 def _find(name: str, folder: Path | None, how: str) -> Path:
     """In llama.cpp's folder, or on the PATH."""
     folder = folder or (Path(os.environ["LLAMA_CPP"]) if os.environ.get("LLAMA_CPP") else None)
+    if folder and not folder.expanduser().is_dir():
+        raise UserError(f"{folder}: no such folder; --llama-cpp and LLAMA_CPP name llama.cpp's.")
     inside = [folder.expanduser() / place / name for place in PLACES] if folder else []
     on_path = shutil.which(name)
     found = next((path for path in [*inside, *([Path(on_path)] if on_path else [])] if path.is_file()), None)
@@ -92,7 +94,7 @@ def _find(name: str, folder: Path | None, how: str) -> Path:
 
 def convert(
     converter: Path, model: Path, file: Path, kind: str, *, name: str, pre_tokenizer: str | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Writes the GGUF of an ordinary checkpoint.
 
     Args:
