@@ -54,6 +54,8 @@ def test_the_commands_there_are() -> None:
         "generate",
         "export",
         "heal",
+        "serve",
+        "chat",
     } <= set(COMMANDS)
 
 

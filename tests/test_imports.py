@@ -17,11 +17,11 @@ NOUNS = {"errors", "progress", "experts", "stats", "routing", "plan", "allocate"
 MATHS = {"fitting", "methods"}
 VERBS = {
     "inspection", "calibrate", "planning", "factorise", "write", "stages", "compression", "comparison", "evaluation",
-    "generate", "healing", "export",
+    "generate", "healing", "export", "chat",
 }  # fmt: skip
 DOORS = {
     "files", "checkpoint", "discover", "streaming", "observing", "loading", "text", "run_folder", "identity", "runtime",
-    "cli", "fp8", "models", "compat", "fields", "prediction",
+    "cli", "fp8", "models", "compat", "fields", "prediction", "llama_cpp", "serving",
     "__main__",
 }  # fmt: skip
 BEHIND_DOORS = {
@@ -167,7 +167,7 @@ import moefactor
 print(*(callable(getattr(moefactor, name)) for name in moefactor.__all__ if name != "METHODS"))
 print("biaxial" in moefactor.METHODS, set(moefactor.__all__) <= set(dir(moefactor)), hasattr(moefactor, "nothing"))
 """
-    assert in_a_new_process(code) == ["True"] * 8 + ["True", "True", "False"]
+    assert in_a_new_process(code) == ["True"] * 9 + ["True", "True", "False"]
 
 
 def test_the_library_needs_no_terminal() -> None:

@@ -1,7 +1,7 @@
 """The command line: thin, a function a verb.
 
 `shared.py` has the options that several commands take, `running.py` the commands that make something, `looking.py`
-those that look, `tables.py` what they print.
+those that look, `talking.py` those that let a model speak, `tables.py` what they print.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.text import Text as RichText
 
 from ..errors import UserError
 from ..files import FULL
-from . import looking, running  # noqa: F401 (whose functions are the commands)
+from . import looking, running, talking  # noqa: F401 (whose functions are the commands)
 from .shared import app, errors, method_options
 from .tables import coverage_table
 

@@ -11,12 +11,12 @@ import typer
 from rich.table import Table
 
 from ..evaluation import evaluate as evaluate_verb
-from ..generate import generate as generate_verb
 from ..inspection import inspect as inspect_verb
 from ..inspection import kernels_of
 from ..methods import available, get
 from .shared import (
     DTYPES,
+    LOOK,
     Bars,
     Column,
     Device,
@@ -30,7 +30,7 @@ from .shared import (
 from .tables import evaluation_table, kernel_table, size
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(model: Model, ratio: Ratio = 0.4, trust_remote_code: Trust = False) -> None:
     """What is in a model, and what it would shrink to. Reads no weights."""
     found = inspect_verb(model, trust_remote_code=trust_remote_code)
@@ -50,7 +50,7 @@ def inspect(model: Model, ratio: Ratio = 0.4, trust_remote_code: Trust = False) 
     console.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method, for its options.")] = None,
     kernels: Annotated[
@@ -83,7 +83,7 @@ def methods(
     console.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def evaluate(
     model: Model,
     against: Annotated[str | None, typer.Option(help="A second model to compare with, usually the dense one.")] = None,
@@ -121,14 +121,3 @@ def evaluate(
     console.print(evaluation_table(results))
     if json_output:
         json_output.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
-
-
-@app.command()
-def generate(
-    model: Model, prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    tokens: Annotated[int, typer.Option(help="How many new ones at most.", min=1)] = 50, device: Device = None,
-    trust_remote_code: Trust = False,
-) -> None:  # fmt: skip
-    """Continue a prompt, greedily."""
-    said = generate_verb(model, prompt, tokens=tokens, device=device, trust_remote_code=trust_remote_code)
-    console.print(said, markup=False, highlight=False)

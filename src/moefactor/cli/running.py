@@ -15,7 +15,7 @@ from ..comparison import compare as compare_verb
 from ..compression import compress as compress_verb
 from ..coverage import Coverage
 from ..errors import UserError
-from ..export import export_dense
+from ..export import export_dense, export_gguf
 from ..files import locked
 from ..healing import LABELS, Trained
 from ..healing import heal as heal_verb
@@ -25,7 +25,11 @@ from ..stages import Recipe, Run, planned_recipe
 from ..stats import STATISTICS
 from ..streaming import StreamedModel, default_device
 from .shared import (
+    LOOK,
+    MAKE,
     METHOD_FLAGS,
+    STAGES,
+    USE,
     Allocation,
     Bars,
     Column,
@@ -52,7 +56,7 @@ from .shared import (
 from .tables import comparison_table, coverage_table, plan_table, validation_table
 
 
-@app.command(context_settings=METHOD_FLAGS)
+@app.command(context_settings=METHOD_FLAGS, rich_help_panel=MAKE)
 def compress(
     context: typer.Context, model: Model, output: Output, method: MethodName = "biaxial", ratio: Ratio = 0.4,
     calibration: Text = None, own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
@@ -82,7 +86,7 @@ def compress(
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 
-@app.command(context_settings=METHOD_FLAGS)
+@app.command(context_settings=METHOD_FLAGS, rich_help_panel=STAGES)
 def calibrate(
     context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", calibration: Text = None,
     own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0, device: Device = None,
@@ -106,7 +110,7 @@ def calibrate(
     console.print(f"{told} Next: moefactor plan {model} --run {run} --method {method}")
 
 
-@app.command(context_settings=METHOD_FLAGS)
+@app.command(context_settings=METHOD_FLAGS, rich_help_panel=STAGES)
 def plan(
     context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: Ratio = 0.4,
     seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
@@ -129,7 +133,7 @@ def plan(
         console.print(f"Wrote {work.folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def factorise(
     model: Model, run: RunOption, output: Output, calibration: Text = None, own_text: OwnText = None,
     samples: Samples = 256, seqlen: Seqlen = None,
@@ -154,7 +158,7 @@ def factorise(
     console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def heal(
     model: Annotated[str, typer.Argument(help="Folder of a compressed model.", show_default=False)],
     teacher: Annotated[str, typer.Option(help="The dense model that it was made from.", show_default=False)],
@@ -176,7 +180,7 @@ def heal(
     console.print(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def compare(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results.json; a stopped run goes on.")],
@@ -213,19 +217,43 @@ def compare(
     console.print(comparison_table(rows))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     model: Model,
-    output: Output,
-    dense: Annotated[bool, typer.Option("--dense", help="Rebuild every expert; the only target there is yet.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With --dense: folder to write; must not exist.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="An ordinary MoE checkpoint, every expert rebuilt.")] = False,
+    gguf: Annotated[Path | None, typer.Option(help="A file for llama.cpp, by its own converter.")] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Of --gguf: f32, bf16, f16, q8_0, q4_k_m ...", show_default="what the weights have"),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="llama.cpp's folder.", show_default="LLAMA_CPP, else what is on the PATH")
+    ] = None,
+    pre_tokenizer: Annotated[
+        str | None, typer.Option(help="Of --gguf: llama.cpp's name of one, where it does not know the tokenizer.")
+    ] = None,
     trust_remote_code: Trust = False,
-) -> None:
-    """An ordinary MoE checkpoint again, for engines that know nothing of moefactor."""
-    if not dense:
-        raise UserError("Say what to export to: --dense rebuilds every expert.")
+) -> None:  # fmt: skip
+    """For engines that know nothing of moefactor: an ordinary MoE checkpoint again, or a GGUF."""
+    if dense == bool(gguf):
+        raise UserError("Say what to export to: --dense -o FOLDER rebuilds every expert, --gguf FILE is for llama.cpp.")
+    of_gguf = {"--quant": quant, "--llama-cpp": llama_cpp, "--pre-tokenizer": pre_tokenizer}
+    if dense and (given := next((option for option, value in of_gguf.items() if value), None)):
+        raise UserError(f"{given} goes with --gguf.")
+    if dense != bool(output):
+        raise UserError("--dense takes -o, the folder to write." if dense else "-o goes with --dense; --gguf has FILE.")
     with Bars() as bars:
-        export_dense(model, output, trust_remote_code=trust_remote_code, progress=bars)
-    console.print(f"Wrote {output}, of the original's size and layout.")
+        if gguf:
+            export_gguf(
+                model, gguf, quant=quant, llama_cpp=llama_cpp, pre_tokenizer=pre_tokenizer,
+                trust_remote_code=trust_remote_code, progress=bars,
+            )  # fmt: skip
+        elif output:
+            export_dense(model, output, trust_remote_code=trust_remote_code, progress=bars)
+    console.print(f"Wrote {gguf}." if gguf else f"Wrote {output}, of the original's size and layout.")
 
 
 def show_coverage(rows: list[Coverage]) -> None:

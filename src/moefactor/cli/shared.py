@@ -17,13 +17,16 @@ from ..methods import METHODS
 
 app = typer.Typer(
     help="Make Mixture-of-Experts models smaller by factorising their experts, without retraining.",
-    epilog="Start with `moefactor inspect MODEL`, then `moefactor compress MODEL --ratio 0.4 -o OUT`.",
+    epilog="Start with `moefactor inspect MODEL`, then `moefactor compress MODEL --ratio 0.4 -o OUT`, then "
+    "`moefactor serve OUT`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
 errors = Console(stderr=True)
+# What commands are for, in the order of --help.
+LOOK, MAKE, STAGES, USE = "Look", "Make smaller", "compress, stage by stage", "Use"
 # Options of the chosen method are flags too (--group-size 8); they are read from its signature.
 METHOD_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
+    TextStreamer,
 )
 
 from ..errors import NotFinite, UserError
@@ -77,38 +79,61 @@ FOLLOWED = (
 )  # fmt: skip
 
 
-def generation_settings(folder: Path) -> dict[str, object]:
-    """FOLLOWED, as generation_config.json has them, or config.json where there is no such file."""
+# How its authors would have it drawn from, which a conversation follows.
+SAMPLED = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+
+
+def generation_settings(folder: Path, names: tuple[str, ...] = FOLLOWED) -> dict[str, object]:
+    """Those settings, as generation_config.json has them, or config.json where there is no such file."""
     for name in ("generation_config.json", "config.json"):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(found, dict):
-            return {key: found[key] for key in FOLLOWED if found.get(key) not in (None, [], [""], "")}
+            return {key: found[key] for key in names if found.get(key) not in (None, [], [""], "")}
     return {}
 
 
-def continue_text(model: PreTrainedModel, tokenizer: Tokenizer, ids: Tensor, tokens: int, settings: dict) -> Tensor:
+def continue_text(
+    model: PreTrainedModel, tokenizer: Tokenizer, ids: Tensor, tokens: int, settings: dict, *, seed: int = 0,
+    tell: Callable[[str], None] | None = None,
+) -> Tensor:  # fmt: skip
     """(1, n) -> (1, ≤ n + tokens): the likeliest next token, again and again, until the text ends.
 
     Args:
-        settings: of generation_settings.
+        settings: of generation_settings; with do_sample among them tokens are drawn, by `seed`.
+        tell: is given the text as it comes, a word or more at a time.
     """
     ends = settings.get("eos_token_id", tokenizer.eos_token_id)
     pad = settings.get("pad_token_id", ends[0] if isinstance(ends, list) else ends)  # or transformers says it takes it
-    stop = {"tokenizer": tokenizer} if "stop_strings" in settings else {}
+    more: dict[str, Any] = {"tokenizer": tokenizer} if "stop_strings" in settings else {}
+    if tell is not None:
+        more["streamer"] = _Told(tokenizer, tell)
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
         plain = GenerationConfig(
-            **{**settings, "eos_token_id": ends, "pad_token_id": pad}, max_new_tokens=tokens, do_sample=False
+            **{"do_sample": False, **settings, "eos_token_id": ends, "pad_token_id": pad}, max_new_tokens=tokens
         )
-        with without_generation_config(model):
+        with torch.random.fork_rng(devices=devices), without_generation_config(model):
+            torch.manual_seed(seed)
             return GenerationMixin.generate(
-                model, ids, attention_mask=torch.ones_like(ids), generation_config=plain, **stop
+                model, ids, attention_mask=torch.ones_like(ids), generation_config=plain, **more
             )
     except (ValueError, TypeError) as error:  # what transformers raises for a setting that it does not take
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{model.config.name_or_path}: its generation_config.json does not fit it: {reason}") from error
+
+
+class _Told(TextStreamer):
+    """Hands the text on that TextStreamer would print."""
+
+    def __init__(self, tokenizer: Tokenizer, tell: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tell = tell
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.tell(text)
 
 
 @contextmanager

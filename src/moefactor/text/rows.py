@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UserError
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, write_chat
 
 # The columns that are looked for, in this order; --text-column names another.
 CHATS = ("messages", "conversations")
@@ -89,15 +89,7 @@ def _conversation(messages: list[dict], tools: object, where: str, tokenizer: To
             )
         return "\n\n".join(message["content"] for message in messages if message["content"])
     extra: dict[str, Any] = {"tools": tools} if isinstance(tools, list) and tools else {}
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **extra)
-    except Exception as error:  # a template is a program: it raises what it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{where}: the chat template of {tokenizer.name_or_path} does not take these messages: {reason}"
-        ) from None
-    assert isinstance(text, str)  # one conversation, not tokenised
-    return text
+    return write_chat(tokenizer, messages, where, **extra)
 
 
 def _message(message: dict, where: str) -> dict:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -37,14 +39,15 @@ def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> Token
         raise UserError(f"{folder}: no tokenizer that transformers can load: {reason}") from None
 
 
+def names_own_code(folder: Path) -> bool:
+    """Whether the tokenizer comes with code of the repository's own, though transformers may have its class too."""
+    return bool(_settings(folder).get("auto_map"))
+
+
 def _own_class(folder: Path) -> str | None:
     """The class of a tokenizer that is the repository's own, not one of transformers'."""
-    path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    named = config.get("auto_map") if isinstance(config, dict) else None
+    config = _settings(folder)
+    named = config.get("auto_map")
     named = named.get("AutoTokenizer") if isinstance(named, dict) else named  # older ones are a list alone
     if not named:
         return None
@@ -54,9 +57,59 @@ def _own_class(folder: Path) -> str | None:
     return next((str(name) for name in ([named] if isinstance(named, str) else named) if name), None)
 
 
+def _settings(folder: Path) -> dict:
+    """tokenizer_config.json, or nothing."""
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
+    return config if isinstance(config, dict) else {}
+
+
 def start_token(tokenizer: Tokenizer) -> int | None:
     """What a text begins after: the first token of a document, or the last of the one before."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """(tokens,) at least one: an empty prompt is where the model's texts begin."""
+    ids = torch.tensor(tokenizer(_utf8(prompt))["input_ids"] if prompt else [], dtype=torch.long)
+    if len(ids):
+        return ids
+    start = start_token(tokenizer)
+    if start is None:
+        raise UserError(
+            "The prompt is empty, and this model's tokenizer has no token that begins a text; say something."
+        )
+    return torch.tensor([start])
+
+
+def chat_ids(tokenizer: Tokenizer, messages: list[dict]) -> Tensor:
+    """(tokens,) of a conversation up to where the next reply begins, by the chat template."""
+    text = write_chat(tokenizer, messages, "the conversation", add_generation_prompt=True)
+    return torch.tensor(tokenizer(_utf8(text), add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+def write_chat(tokenizer: Tokenizer, messages: list[dict], where: str, **extra: Any) -> str:
+    """A conversation as the chat template writes it; UserError, with `where` it is, for one that it does not take."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **extra)
+    except Exception as error:  # a template is a program: it raises what it likes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{where}: the chat template of {tokenizer.name_or_path} does not take these messages: {reason}"
+        ) from None
+    assert isinstance(text, str)  # one conversation, not tokenised
+    return text
+
+
+def _utf8(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The prompt is not UTF-8 text (character {error.start + 1}).") from None
+    return prompt
 
 
 def separator(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
