@@ -26,6 +26,7 @@ from moefactor.forms import (
     SharedBasis,
     SharedPrivate,
     SparseResidual,
+    WindowResidual,
     form_from_json,
     low_rank,
 )
@@ -113,10 +114,10 @@ def forms(draw: st.DrawFn) -> Form:
 def residuals(draw: st.DrawFn, inner: Form) -> SparseResidual:
     groups = draw(partitions(inner.experts))
     lengths = tuple(draw(st.integers(1, len(g) * inner.width * inner.hidden)) for g in groups)
-    seed = draw(st.integers(0, 1 << 40))
-    return SparseResidual(
-        inner.experts, inner.width, inner.hidden, inner=inner, groups=groups, sizes=lengths, seed=seed
-    )
+    seed, kind = draw(st.integers(0, 1 << 40)), SparseResidual
+    if draw(st.booleans()):
+        kind, lengths = WindowResidual, (inner.width * draw(st.integers(1, inner.hidden)),) * len(groups)
+    return kind(inner.experts, inner.width, inner.hidden, inner=inner, groups=groups, sizes=lengths, seed=seed)
 
 
 @st.composite
@@ -284,6 +285,7 @@ def test_gradients_are_those_of_the_loop(form: Form, seed: int) -> None:
         Dense(3, 4, 5),
         low_rank(3, 4, 5, (1, 2, 2)),
         SparseResidual(3, 4, 5, inner=low_rank(3, 4, 5, (2, 2, 2)), groups=((0, 2), (1,)), sizes=(7, 3), seed=1),
+        WindowResidual(3, 4, 5, inner=low_rank(3, 4, 5, (2, 2, 2)), groups=((0, 2), (1,)), sizes=(8, 8), seed=1),
         BasisMixture(3, 4, 5, bases=2, rank=3),
         BasisMixture(3, 4, 5, bases=2, rank=3, basis_rank=2),
         BasisMixture(3, 4, 5, bases=2, rank=3, widths=(2, 0, 4)),

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..fitting.descent import Kept, descend
 from ..fitting.linalg import effective_rank, gram, spectrum, top_eigenvectors
 from ..fitting.stack import Stack, stack_error
-from ..forms import SharedBasis, SparseResidual
+from ..forms import SharedBasis, SparseResidual, WindowResidual
 from .base import Fitted, StackOffers, lift
 from .shared_basis import Group, consecutive, grouped_offers
 
@@ -55,10 +55,13 @@ def offers(
     if residual == 0:
         return inner
     experts, width, hidden = stack.shape
-    sizes = tuple(max(1, round(residual * len(g) * width * hidden)) for g in groups)
+    # A channel's share of the vector: at most all there is to catch; on wide models a multiple that kernels like.
+    step = max(1, round(residual * len(groups[0]) * hidden))
+    step = step if step < 64 else min(round(step / 8) * 8, len(groups[0]) * hidden)
+    sizes = (step * width,) * len(groups)
     return StackOffers(
         inner.offers,
-        form=SparseResidual(experts, width, hidden, inner=inner.form, groups=tuple(groups), sizes=sizes, seed=seed),
+        form=WindowResidual(experts, width, hidden, inner=inner.form, groups=tuple(groups), sizes=sizes, seed=seed),
         fixed=sum(sizes),
     )
 

@@ -15,10 +15,11 @@ from ...forms import Form, Ragged
 from ...routing import Routing
 from .base import Kernel
 from .basis_mixture import BasisMixtureKernel
-from .composed import BasePlusDeltaKernel, LatentKernel, SparseResidualKernel
+from .composed import BasePlusDeltaKernel, LatentKernel
 from .dense import DenseKernel, RaggedKernel
 from .grouped import grouped_hindrance, grouped_linear, looped_linear
 from .reference import Rebuilt
+from .residual import SparseResidualKernel, WindowResidualKernel
 from .setting import Setting
 from .shared_basis import SharedBasisKernel, SharedPrivateKernel
 
@@ -75,6 +76,7 @@ KERNELS: dict[str, tuple[Way, ...]] = {
     "latent": _around(LatentKernel, "inner"),
     "base_plus_delta": _around(BasePlusDeltaKernel, "delta"),
     "sparse_residual": _around(SparseResidualKernel, "inner"),
+    "window_residual": _around(WindowResidualKernel, "inner"),
 }
 
 
