@@ -18,6 +18,7 @@ from .basis_mixture import BasisMixtureKernel
 from .composed import BasePlusDeltaKernel, LatentKernel
 from .dense import DenseKernel, RaggedKernel
 from .grouped import grouped_hindrance, grouped_linear, looped_linear
+from .mixture_in_cache import MixtureInCache
 from .reference import Rebuilt
 from .residual import SparseResidualKernel, WindowResidualKernel
 from .setting import Setting
@@ -31,11 +32,13 @@ class Way:
     """One way to run a form.
 
     name: for people.  build: (form, setting) -> Kernel.  hindrance: (form, setting) -> why it can't, or None.
+    device: the one it is made for, if there is one; elsewhere it is no way at all, so nothing hinders it.
     """
 
     name: str
     build: Callable[[Form, Setting], Kernel]
     hindrance: Callable[[Form, Setting], str | None]
+    device: str | None = None
 
 
 def _always(form: Form, setting: Setting) -> None:
@@ -46,6 +49,13 @@ def _uneven(form: Ragged, setting: Setting) -> str | None:
     if not form.common_width:
         return "experts kept uneven widths, and a grouped GEMM wants one"
     return grouped_hindrance(form, setting)
+
+
+def _either(kernel: type[Kernel]) -> Callable[[Form, Setting], Kernel]:
+    """A kernel whose products are grouped where they can be, else looped."""
+    return lambda form, setting: kernel(
+        form, setting, grouped_linear if grouped_hindrance(form, setting) is None else looped_linear
+    )
 
 
 def _ways(kernel: type[Kernel], hindrance: Callable[..., str | None] = grouped_hindrance) -> tuple[Way, ...]:
@@ -72,7 +82,10 @@ KERNELS: dict[str, tuple[Way, ...]] = {
     "ragged": _ways(RaggedKernel, _uneven),
     "shared_basis": _ways(SharedBasisKernel),
     "shared_private": _ways(SharedPrivateKernel),
-    "basis_mixture": _ways(BasisMixtureKernel),
+    "basis_mixture": (
+        Way("formed in cache", _either(MixtureInCache), _always, "cpu"),
+        *_ways(BasisMixtureKernel),
+    ),
     "latent": _around(LatentKernel, "inner"),
     "base_plus_delta": _around(BasePlusDeltaKernel, "delta"),
     "sparse_residual": _around(SparseResidualKernel, "inner"),
@@ -80,14 +93,14 @@ KERNELS: dict[str, tuple[Way, ...]] = {
 }
 
 
-def ways(form: Form) -> tuple[Way, ...]:
-    """All ways to run a form, the fastest first."""
-    return KERNELS.get(form.name, (REFERENCE,))
+def ways(form: Form, setting: Setting) -> list[Way]:
+    """All ways to run a form on this device, the fastest first."""
+    return [way for way in KERNELS.get(form.name, (REFERENCE,)) if way.device in (None, setting.device)]
 
 
 def way(form: Form, setting: Setting) -> Way:
     """The first of the form's ways that nothing hinders; the reference serves everything."""
-    return next(way for way in ways(form) if way.hindrance(form, setting) is None)
+    return next(way for way in ways(form, setting) if way.hindrance(form, setting) is None)
 
 
 def choose(form: Form, setting: Setting) -> Kernel:
@@ -98,7 +111,7 @@ def choose(form: Form, setting: Setting) -> Kernel:
 def why_not(form: Form, setting: Setting) -> list[tuple[str, str]]:
     """(way, why it can't serve here) of those that would be faster than the chosen one, inner forms included."""
     found = []
-    for candidate in ways(form):
+    for candidate in ways(form, setting):
         hindrance = candidate.hindrance(form, setting)
         if hindrance is None:
             break

@@ -26,15 +26,17 @@ class BasisMixtureKernel(Kernel[BasisMixture]):
         self.ragged = form.ragged and RaggedKernel(form.ragged, setting, linear)
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        form = self.form
-        if self._stays_factorised(routing):
-            return self._read_private(factors, self._mixed_latents(factors, tokens, routing), routing)
+        through = self._mixed_latents if self._stays_factorised(routing) else self._into_rebuilt
+        return self._read_private(factors, through(factors, tokens, routing), routing)
+
+    def _into_rebuilt(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
+        """(T, H) -> (pairs, r) through the experts' own bases."""
         parts = []
         for experts, window, offsets in self._hit(routing):
-            basis = form.expert_bases(factors, experts)
+            basis = self.form.expert_bases(factors, experts)
             latent = self.linear(tokens.index_select(0, routing.token[window]), basis.transpose(1, 2), offsets)
             parts.append(latent)
-        return self._read_private(factors, torch.cat(parts) if parts else tokens.new_zeros(0, form.rank), routing)
+        return torch.cat(parts) if parts else tokens.new_zeros(0, self.form.rank)
 
     def _read_private(self, factors: Factors, latents: Tensor, routing: Routing) -> Tensor:
         """(pairs, r) -> (pairs, width)."""
@@ -49,11 +51,15 @@ class BasisMixtureKernel(Kernel[BasisMixture]):
         return self.linear(activations, factors["private"].transpose(1, 2), routing.offsets)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        form = self.form
-        latents, parts = self._write_private(factors, activations, routing), []
-        for experts, window, offsets in self._hit(routing):
-            parts.append(self.linear(latents[window], form.expert_bases(factors, experts), offsets))
-        return torch.cat(parts) if parts else activations.new_zeros(0, form.hidden)
+        return self._out_of_rebuilt(factors, self._write_private(factors, activations, routing), routing)
+
+    def _out_of_rebuilt(self, factors: Factors, latents: Tensor, routing: Routing) -> Tensor:
+        """(pairs, r) -> (pairs, H) through the experts' own bases."""
+        parts = [
+            self.linear(latents[window], self.form.expert_bases(factors, experts), offsets)
+            for experts, window, offsets in self._hit(routing)
+        ]
+        return torch.cat(parts) if parts else latents.new_zeros(0, self.form.hidden)
 
     def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         if not self._stays_factorised(routing):
