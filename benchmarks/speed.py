@@ -5,10 +5,11 @@
     python benchmarks/speed.py --rows biaxial rfid --tokens 1,2048 --device cuda --dtypes bfloat16
 
 Random weights in the shapes that each method leaves at 40 % removed, uneven random routing. The dense side is
-transformers' own experts module under `grouped_mm`; its other implementations are rows of the table. For every form: the
-share of the parameters that is left, seconds over dense's (median, and the least and the most but one) at each number
-of tokens, and the floor: what one call must read and multiply over what dense must, and how many values of an activation on weights it takes.
-On a CPU seconds are the process's own, which other processes disturb less; run it on one thread.
+transformers' own experts module under `grouped_mm`; its other implementations are rows of the table. For every form:
+the share of the parameters that is left, seconds over dense's (median, and the least and the most but one) at each
+number of tokens, and the floor, what a call must read and multiply over what dense must (values of an activation on
+weights, which a mixture needs besides, are in the file). On a CPU seconds are the process's own, which other processes
+disturb less; run it on one thread.
 """
 
 from __future__ import annotations
@@ -231,17 +232,20 @@ def main() -> None:
         dtype = getattr(torch, dtype_name)
         dense = filled(transformers_experts(layer, "grouped_mm"), dtype, arguments.device)
         timer = Timer(dense, dtype, arguments.device, arguments.repeats)
+        rows = results["rows"][dtype_name] = {}
         title = f"{dtype_name}: seconds over dense's"
         print(f"\n{title:32}{'kept':>6}" + "".join(f"{n:>10} tokens    " for n in counts) + "floor: reads, products")
 
-        def report(name: str, module: nn.Module, plan: LayerPlan | None, timer: Timer = timer) -> None:
+        def report(
+            name: str, module: nn.Module, plan: LayerPlan | None, timer: Timer = timer, into: dict = rows
+        ) -> None:
             kept = plan.parameter_count() / layer.parameter_count if plan else 1.0
             cells = {n: timer.ratios(module, call) for n, call in calls.items()}
             floor = {n: floors(plan, calls[n][1]) for n in counts} if plan else {}
             shown = "".join(f"{c['median']:7.2f} ({c['low']:.2f}-{c['high']:.2f})".rjust(21) for c in cells.values())
             shown += "  " + " | ".join(f"{f['numbers']:.2f} {f['products']:.2f}" for f in floor.values())
             print(f"{name:32}{kept:6.3f}{shown}", flush=True)
-            results["rows"].setdefault(dtype_name, {})[name] = {
+            into[name] = {
                 "kept": kept, "seconds_over_dense": cells, "floor": floor
             }  # fmt: skip
 

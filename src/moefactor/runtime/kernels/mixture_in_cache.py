@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +15,22 @@ from ...forms.basis_mixture import identity
 from ...routing import Routing
 from .basis_mixture import BasisMixtureKernel
 
-AT_ONCE = 8  # experts whose rows are formed in one product
-ENTRIES = 1 << 19  # that are formed together: 2 MB of float32
+AT_ONCE = 16  # experts whose rows are formed in one product
+ENTRIES = 1 << 16  # of each: 4 MB of float32 for all of them
 FEWEST_ROWS = 8
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": partial(torch.nn.functional.silu, inplace=True),
     "tanh": torch.tanh_,
     "identity": identity,
 }
-Span = tuple[int, int, int]  # an expert, and where its pairs begin and end
+
+
+class Span(NamedTuple):
+    """An expert hit, its place among those, and its pairs."""
+
+    place: int
+    expert: int
+    rows: slice
 
 
 class MixtureInCache(BasisMixtureKernel):
@@ -35,18 +43,23 @@ class MixtureInCache(BasisMixtureKernel):
         if _tracked(factors, tokens):
             return super()._into_rebuilt(factors, tokens, routing)
         dtype = _working(factors["mix"].dtype, routing)
-        rows = tokens.to(dtype)
-        rows = rows.index_select(0, routing.token) if routing.tokens > 1 else rows
-        out = rows.new_empty(len(routing.expert), self.form.rank)
+        if routing.tokens == 1:
+            return self._one_token(factors, tokens[0].to(dtype), routing).to(factors["mix"].dtype)
+        rows = tokens.to(dtype).index_select(0, routing.token)
+        out = rows.new_empty(len(rows), self.form.rank)
         for spans, own, matrices in self._formed(factors, routing, dtype):
-            if routing.tokens == 1:  # all experts of one token at once
-                met = torch.mv(matrices.flatten(0, 1), rows[0]).view(len(spans), -1)
-                for row, (_, start, end) in zip(met, spans, strict=True):
-                    out[start:end, own] = row
-            else:
-                for matrix, (_, start, end) in zip(matrices, spans, strict=True):
-                    out[start:end, own] = rows[start:end] @ matrix.T
+            for matrix, span in zip(matrices, spans, strict=True):
+                out[span.rows, own] = rows[span.rows] @ matrix.T
         return out.to(factors["mix"].dtype)
+
+    def _one_token(self, factors: Factors, token: Tensor, routing: Routing) -> Tensor:
+        """(H,) -> (k, r): all its experts in one product."""
+        sizes = torch.tensor([end - start for start, end in routing.bounds if end > start])
+        out = token.new_empty(len(sizes), self.form.rank)
+        for spans, own, matrices in self._formed(factors, routing, token.dtype):
+            met = torch.mv(matrices.flatten(0, 1), token).view(len(spans), -1)
+            out[spans[0].place : spans[-1].place + 1, own] = met
+        return out.repeat_interleave(sizes, 0)
 
     def _out_of_rebuilt(self, factors: Factors, latents: Tensor, routing: Routing) -> Tensor:
         if _tracked(factors, latents):
@@ -55,22 +68,23 @@ class MixtureInCache(BasisMixtureKernel):
         rows = latents.to(dtype)
         out = torch.zeros(len(rows), self.form.hidden)  # a sum over blocks, so in float32
         for spans, own, matrices in self._formed(factors, routing, dtype):
-            for matrix, (_, start, end) in zip(matrices, spans, strict=True):
-                out[start:end] += rows[start:end, own] @ matrix
+            for matrix, span in zip(matrices, spans, strict=True):
+                out[span.rows] += rows[span.rows, own] @ matrix
         return out.to(factors["mix"].dtype)
 
     def _formed(
         self, factors: Factors, routing: Routing, dtype: torch.dtype
     ) -> Iterator[tuple[list[Span], slice, Tensor]]:
-        """(experts, rows, (experts, rows, H) of f(Σ_j α_ej B_j)) of all experts hit, in memory that the next one takes."""
+        """(experts, rows, (experts, rows, H) of f(Σ_j α_ej B_j)) of all experts hit, where the next will be."""
         form = self.form
-        hit = [(e, start, end) for e, (start, end) in enumerate(routing.bounds) if end > start]
-        most = max(FEWEST_ROWS, ENTRIES // (AT_ONCE * form.hidden))
+        bounds = [(expert, slice(*rows)) for expert, rows in enumerate(routing.bounds) if rows[1] > rows[0]]
+        hit = [Span(place, *bound) for place, bound in enumerate(bounds)]
+        most = max(FEWEST_ROWS, ENTRIES // form.hidden)
         room = factors["mix"].new_empty(min(AT_ONCE, len(hit)) * most * form.hidden)
         cast = room.new_empty(len(room), dtype=dtype)
-        for group, members in groupby(hit, key=lambda span: span[0] // (form.experts // form.groups)):
+        for group, members in groupby(hit, key=lambda span: span.expert // (form.experts // form.groups)):
             spans = list(members)
-            mix = factors["mix"][[expert for expert, *_ in spans]]
+            mix = factors["mix"][[span.expert for span in spans]]
             bases = self._bases(factors, group, most)
             for first in range(0, form.rank, most):
                 own = slice(first, min(first + most, form.rank))
