@@ -81,6 +81,10 @@ def ragged(draw: st.DrawFn, experts: int, channels: int, hidden: int) -> Ragged:
     widths = draw(st.lists(st.integers(0, channels), min_size=experts, max_size=experts))
     if draw(st.booleans()):
         widths = [widths[0]] * experts
+    elif draw(st.booleans()):  # atoms
+        atom = draw(st.sampled_from([16, 24]))
+        channels, widths = channels + atom, [atom * (width % 3) for width in widths]
+        channels = max(channels, *widths, 1)
     return Ragged(experts, halves * channels, hidden, widths=tuple(widths), halves=halves)
 
 

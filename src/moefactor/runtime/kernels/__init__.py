@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-from ...forms import Form, Ragged
+from ...forms import BasisMixture, Form, Ragged
 from ...routing import Routing
+from .atoms import AtomsKernel, atom_hindrance
 from .base import Kernel
 from .basis_mixture import BasisMixtureKernel
 from .composed import BasePlusDeltaKernel, LatentKernel
@@ -36,8 +38,8 @@ class Way:
     """
 
     name: str
-    build: Callable[[Form, Setting], Kernel]
-    hindrance: Callable[[Form, Setting], str | None]
+    build: Callable[[Any, Setting], Kernel]
+    hindrance: Callable[[Any, Setting], str | None]
     device: str | None = None
 
 
@@ -49,6 +51,21 @@ def _uneven(form: Ragged, setting: Setting) -> str | None:
     if not form.common_width:
         return "experts kept uneven widths, and a grouped GEMM wants one"
     return grouped_hindrance(form, setting)
+
+
+def _no_triton(form: BasisMixture, setting: Setting) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed, which forms bases tile by tile"
+    if form.basis_rank:
+        return "bases of low rank are multiplied out before they are mixed"
+    return None
+
+
+def _with_triton(form: BasisMixture, setting: Setting) -> Kernel:
+    from .mixture_triton import TritonMixture
+
+    grouped = grouped_hindrance(form, setting) is None
+    return TritonMixture(form, setting, grouped_linear if grouped else looped_linear)
 
 
 def _either(kernel: type[Kernel]) -> Callable[[Form, Setting], Kernel]:
@@ -79,11 +96,17 @@ def _around(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> tup
 REFERENCE = Way("experts rebuilt", Rebuilt, _always)
 KERNELS: dict[str, tuple[Way, ...]] = {
     "dense": _ways(DenseKernel),
-    "ragged": _ways(RaggedKernel, _uneven),
+    "ragged": (
+        Way("grouped GEMM", RaggedKernel, _uneven),
+        # On a CPU a loop takes less time than tokens copied for every atom.
+        Way("atoms of one width", AtomsKernel, atom_hindrance, "cuda"),
+        *_ways(RaggedKernel)[1:],
+    ),
     "shared_basis": _ways(SharedBasisKernel),
     "shared_private": _ways(SharedPrivateKernel),
     "basis_mixture": (
         Way("formed in cache", _either(MixtureInCache), _always, "cpu"),
+        Way("formed by Triton", _with_triton, _no_triton, "cuda"),
         *_ways(BasisMixtureKernel),
     ),
     "latent": _around(LatentKernel, "inner"),

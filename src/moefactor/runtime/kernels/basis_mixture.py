@@ -10,6 +10,7 @@ from torch import Tensor
 from ...forms import BasisMixture
 from ...forms.base import Factors
 from ...routing import Routing
+from .atoms import AtomsKernel, atom_hindrance
 from .base import Kernel
 from .dense import RaggedKernel
 from .grouped import Linear, grouped_linear
@@ -23,7 +24,10 @@ class BasisMixtureKernel(Kernel[BasisMixture]):
 
     def __init__(self, form: BasisMixture, setting: Setting, linear: Linear = grouped_linear):
         super().__init__(form, setting, linear)
-        self.ragged = form.ragged and RaggedKernel(form.ragged, setting, linear)
+        self.ragged: RaggedKernel | None = None
+        if form.ragged:
+            as_atoms = setting.device == "cuda" and atom_hindrance(form.ragged, setting) is None
+            self.ragged = (AtomsKernel if as_atoms else RaggedKernel)(form.ragged, setting, linear)
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
         through = self._mixed_latents if self._stays_factorised(routing) else self._into_rebuilt
@@ -82,7 +86,7 @@ class BasisMixtureKernel(Kernel[BasisMixture]):
         """(pairs, r): Σ_j α_ej B_j x for every pair, in routing's order."""
         form = self.form
         basis = factors["basis"].flatten(0, 2)
-        latents = (tokens.to(basis.dtype) @ basis.T).view(routing.tokens, -1, form.rank)  # (T, G·m, r)
+        latents = (tokens.to(basis.dtype) @ basis.T).unflatten(1, (-1, form.rank))  # (T, G·m, r)
         return (self._mix_by_token(factors, routing) @ latents).flatten(0, 1)[routing.order]
 
     def _mix_by_token(self, factors: Factors, routing: Routing) -> Tensor:

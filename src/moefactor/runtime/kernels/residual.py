@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...forms import SparseResidual, WindowResidual
 from ...forms.base import Factors
-from ...routing import Routing
+from ...routing import Routing, inverse
 from .base import Kernel
 from .setting import Setting
 
@@ -66,13 +66,13 @@ class WindowResidualKernel(Kernel[WindowResidual]):
         rows = self.linear(pieces, self._vectors(factors).transpose(1, 2), group_ends * self._pieces)
         rows = rows.view(-1, self._pieces, self.form.width)
         met = sum((rows[:, c].roll(-c, 1) for c in range(1, self._pieces)), rows[:, 0])
-        return out + met[_inverse(sort)]
+        return out + met[inverse(sort)]
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         inner = self.inner.write(self.form.inner_factors(factors), activations, routing)
         maps = self._map(routing.expert.device)
         sort, windows = self._windows(factors, activations, routing, maps)
-        return inner + windows[_inverse(sort)].gather(1, maps["places"][maps["kind"][routing.expert]])
+        return inner + windows[inverse(sort)].gather(1, maps["places"][maps["kind"][routing.expert]])
 
     def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         """Windows of one kind are added up before their order is undone."""
@@ -138,9 +138,3 @@ class WindowResidualKernel(Kernel[WindowResidual]):
                 "sources": sources, "places": sources.argsort(dim=1, stable=True)[:, : form.hidden],
             }  # fmt: skip
         return self._maps[device]
-
-
-def _inverse(order: Tensor) -> Tensor:
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    return places
