@@ -73,6 +73,12 @@ def plans(layer: ExpertLayer) -> dict[str, Callable[[], LayerPlan]]:
         rank = int(KEPT * rows * hidden / (rows + hidden)) // 8 * 8
         return low_rank(experts, rows, hidden, (rank,) * experts)
 
+    def many_ranks(rows: int) -> Form:
+        """As a spectrum would have it: from half the mean to half as much again."""
+        mean = KEPT * rows * hidden / (rows + hidden)
+        ranks = tuple(int(mean * (0.5 + e / (experts - 1))) // 8 * 8 for e in range(experts))
+        return low_rank(experts, rows, hidden, ranks)
+
     def rfid() -> LayerPlan:
         """gate and up alone; they give what down, left as it is, keeps."""
         step = round(0.03 * 4 * hidden / 8) * 8
@@ -126,6 +132,7 @@ def plans(layer: ExpertLayer) -> dict[str, Callable[[], LayerPlan]]:
         "biaxial, linear": lambda: biaxial(4, "identity"),
         "biaxial, tight": lambda: biaxial(4),
         "svd": lambda: each(per_expert, joint),
+        "svd, many ranks": lambda: each(many_ranks, joint),
         "shared basis, 1 group": lambda: each(grouped(1), joint),
         "shared basis, groups of 4": lambda: each(grouped(experts // 4), joint),
         "rfid": rfid,

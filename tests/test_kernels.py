@@ -37,6 +37,7 @@ FORMS: dict[str, Form] = {
     "atoms of gate and up": Ragged(E, 2 * W, H, widths=WIDTHS, halves=2),
     "uneven": Ragged(E, W, H, widths=(48, 0, 7, 31, 9, 16)),
     "low rank": low_rank(E, W, H, (8,) * E),
+    "many ranks": low_rank(E, W, H, (8, 16, 24, 9, 8, 32)),
     "groups": SharedBasis(E, W, H, groups=PAIRS, ranks=(8, 16, 8)),
     "latent": Latent(E, 2 * W, H, 16, Ragged(E, 2 * W, 16, widths=WIDTHS, halves=2)),
     "linear": BasisMixture(E, W, H, bases=2, rank=16, activation="identity"),
