@@ -11,8 +11,8 @@ from moefactor.forms.residual import projection_columns
 CPU = torch.device("cpu")
 FROZEN = {0: [0, 891, 38, 433, 596, 305, 493, 585], 42: [40635, 95564, 86304, 76328, 37880, 48669, 83455, 73475]}
 
-ORDERS = [[0, 4, 2, 1, 5, 3], [0, 4, 1, 5, 2, 3]]  # of seed 4, six hidden units
-RANKS = [0, 2, 4, 5, 1, 3]  # where the second has each unit
+ORDERS = [[1, 5, 3, 0, 4, 2], [5, 2, 3, 0, 4, 1]]  # of seed 4, six hidden units
+RANKS = [3, 5, 1, 2, 4, 0]  # where the second has each unit
 
 
 def made(*, seed: int = 4, sizes: tuple[int, ...] = (9, 5)) -> SparseResidual:
@@ -122,6 +122,9 @@ def test_frozen_windows() -> None:
     """As the hash: checkpoints depend on them."""
     form = WindowResidual(4, 2, 6, inner=Dense(4, 2, 6), groups=((0, 2), (1, 3)), sizes=(10, 10), seed=4)
     assert [form.order(place, CPU).tolist() for place in (0, 1)] == ORDERS
+    for place, order in enumerate(ORDERS):
+        hashed = python_columns(4, range(6 * place, 6 * place + 6), 1 << 31)
+        assert sorted(range(6), key=hashed.__getitem__) == order
     assert form.columns(2, CPU).tolist() == [(n + 2) % 10 for row in (0, 5) for n in (row + r for r in RANKS)]
     assert torch.equal(form.columns(3, CPU), form.columns(2, CPU) + 10)
 

@@ -164,7 +164,7 @@ class WindowResidual(SparseResidual):
 
     def order(self, place: int, device: torch.device) -> Tensor:
         """(H,): which hidden unit each entry of a window belongs to, for the experts at one place of their groups."""
-        return projection_columns(self.seed, place * self.hidden, self.hidden, 1 << 32, device).argsort(stable=True)
+        return projection_columns(self.seed, place * self.hidden, self.hidden, 1 << 31, device).argsort(stable=True)
 
     def columns(self, expert: int, device: torch.device) -> Tensor:
         group, place, start = self.places[expert]
