@@ -199,7 +199,7 @@ class Timer:
         call = (x.to(self.device, self.dtype), ids.to(self.device), weights.to(self.device, self.dtype))
         self.seconds(self.dense, call)
         slow = self.seconds(module, call)
-        repeats = self.repeats if slow < 1 else 3 if slow < 20 else 1
+        repeats = self.repeats if slow < 1 else min(3, self.repeats)
         pairs = [(self.seconds(module, call), self.seconds(self.dense, call)) for _ in range(repeats)]
         found = sorted(a / b for a, b in pairs)
         inner = found[1:-1] or found

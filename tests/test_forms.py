@@ -553,7 +553,8 @@ def test_every_way_to_run_a_form_gives_the_same(form: Form, seed: int) -> None:
     tokens = torch.randn(5, form.hidden, generator=generator)
     pairs = torch.randn(10, form.width, generator=generator)
     real = routing.weight > 0  # rows of skipped pairs hold whatever
-    *fast, last = [w.build(form, setting) for w in KERNELS[form.name] if w.hindrance(form, setting) is None]
+    usable = [w for w in KERNELS[form.name] if "Triton" not in w.name and w.hindrance(form, setting) is None]
+    *fast, last = [w.build(form, setting) for w in usable]
     for run in fast:
         if reads(form):
             near(*(k.read(factors, tokens, routing)[real] for k in (run, last)))

@@ -94,7 +94,7 @@ def close(found: Tensor, expected: Tensor, slack: float) -> None:
 
 
 def of_the_table(form: Form, setting: Setting) -> list[Way]:
-    """Those of other devices too, which run anywhere, but for Triton's."""
+    """Those of other devices too, which run anywhere, but for those that want Triton."""
     ways = [way for way in KERNELS[form.name][:-1] if way.hindrance(form, setting) is None]
     return [way for way in ways if "Triton" not in way.name]
 
@@ -194,16 +194,22 @@ def test_what_triton_can_not_form_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("routing", ["one token", "some skipped", "many", "no token"])
-@pytest.mark.parametrize("kind", ["tight", "mobe", "linear"])
+@pytest.mark.parametrize("kind", ["tight", "mobe", "linear", "dense", "atoms", "many ranks", "residual"])
 def test_tritons_tiles_in_its_interpreter(kind: str, routing: str) -> None:
     """Without a GPU the interpreter runs the same program, where Triton is installed and TRITON_INTERPRET=1 was set."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("set TRITON_INTERPRET=1")
-    from moefactor.runtime.kernels.mixture_triton import TritonMixture
+    from moefactor.runtime.kernels.mixture_triton import TritonMixture, tiled_linear
 
     form, factors = FORMS[kind], random(FORMS[kind])
+    if isinstance(form, BasisMixture):
+        kernel: Kernel = TritonMixture(form, CPU, tiled_linear)
+    else:
+        kernel = AtomsKernel(form, CPU, tiled_linear) if isinstance(form, Ragged) else choose(form, CPU)
+        for part in (kernel, getattr(kernel, "inner", kernel)):
+            part.linear = tiled_linear
     with torch.no_grad():
         expected = results(Rebuilt(form, CPU), factors, routed(routing))
-        for found, right in zip(results(TritonMixture(form, CPU), factors, routed(routing)), expected, strict=True):
+        for found, right in zip(results(kernel, factors, routed(routing)), expected, strict=True):
             close(found, right, 1e-5)

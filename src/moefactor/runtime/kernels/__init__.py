@@ -19,7 +19,7 @@ from .base import Kernel
 from .basis_mixture import BasisMixtureKernel
 from .composed import BasePlusDeltaKernel, LatentKernel
 from .dense import DenseKernel, RaggedKernel
-from .grouped import grouped_hindrance, grouped_linear, looped_linear
+from .grouped import DTYPES, Linear, grouped_hindrance, grouped_linear, looped_linear
 from .mixture_in_cache import MixtureInCache
 from .reference import Rebuilt
 from .residual import SparseResidualKernel, WindowResidualKernel
@@ -53,32 +53,44 @@ def _uneven(form: Ragged, setting: Setting) -> str | None:
     return grouped_hindrance(form, setting)
 
 
-def _no_triton(form: BasisMixture, setting: Setting) -> str | None:
+def _no_triton(form: Form, setting: Setting) -> str | None:
     if find_spec("triton") is None:
-        return "Triton is not installed, which forms bases tile by tile"
-    if form.basis_rank:
+        return "Triton is not installed"
+    if isinstance(form, BasisMixture) and form.basis_rank:
         return "bases of low rank are multiplied out before they are mixed"
-    return None
+    return None if setting.dtype in DTYPES else f"tiles do not take {setting.dtype_name}"
 
 
-def _with_triton(form: BasisMixture, setting: Setting) -> Kernel:
+def _no_atoms(form: Ragged, setting: Setting) -> str | None:
+    return atom_hindrance(form) or (_no_triton(form, setting) and grouped_hindrance(form, setting))
+
+
+def _linear(form: Form, setting: Setting) -> Linear:
+    """The fastest products with a matrix an expert that a form can have here."""
+    if grouped_hindrance(form, setting) is None:
+        return grouped_linear
+    if setting.device != "cuda" or _no_triton(form, setting):
+        return looped_linear
+    from .mixture_triton import tiled_linear
+
+    return tiled_linear
+
+
+def _with(kernel: type[Kernel]) -> Callable[[Form, Setting], Kernel]:
+    return lambda form, setting: kernel(form, setting, _linear(form, setting))
+
+
+def _by_triton(form: BasisMixture, setting: Setting) -> Kernel:
     from .mixture_triton import TritonMixture
 
-    grouped = grouped_hindrance(form, setting) is None
-    return TritonMixture(form, setting, grouped_linear if grouped else looped_linear)
-
-
-def _either(kernel: type[Kernel]) -> Callable[[Form, Setting], Kernel]:
-    """A kernel whose products are grouped where they can be, else looped."""
-    return lambda form, setting: kernel(
-        form, setting, grouped_linear if grouped_hindrance(form, setting) is None else looped_linear
-    )
+    return TritonMixture(form, setting, _linear(form, setting))
 
 
 def _ways(kernel: type[Kernel], hindrance: Callable[..., str | None] = grouped_hindrance) -> tuple[Way, ...]:
-    """A kernel whose products can be grouped or looped."""
+    """A kernel whose products can be grouped, tiled or looped."""
     return (
         Way("grouped GEMM", partial(kernel, linear=grouped_linear), hindrance),
+        Way("tiles by Triton", _with(kernel), _no_triton, "cuda"),
         Way("a loop over experts", partial(kernel, linear=looped_linear), _always),
         REFERENCE,
     )
@@ -99,14 +111,14 @@ KERNELS: dict[str, tuple[Way, ...]] = {
     "ragged": (
         Way("grouped GEMM", RaggedKernel, _uneven),
         # On a CPU a loop takes less time than tokens copied for every atom.
-        Way("atoms of one width", AtomsKernel, atom_hindrance, "cuda"),
-        *_ways(RaggedKernel)[1:],
+        Way("atoms of one width", _with(AtomsKernel), _no_atoms, "cuda"),
+        *_ways(RaggedKernel)[2:],
     ),
     "shared_basis": _ways(SharedBasisKernel),
     "shared_private": _ways(SharedPrivateKernel),
     "basis_mixture": (
-        Way("formed in cache", _either(MixtureInCache), _always, "cpu"),
-        Way("formed by Triton", _with_triton, _no_triton, "cuda"),
+        Way("formed in cache", _with(MixtureInCache), _always, "cpu"),
+        Way("formed by Triton", _by_triton, _no_triton, "cuda"),
         *_ways(BasisMixtureKernel),
     ),
     "latent": _around(LatentKernel, "inner"),

@@ -13,7 +13,7 @@ from ...forms import Ragged
 from ...forms.base import Factors
 from ...routing import Routing
 from .dense import RaggedKernel
-from .grouped import Linear, grouped_hindrance, grouped_linear
+from .grouped import Linear, grouped_linear
 from .setting import Setting
 
 LEAST_ATOM = 16  # channels; tokens are copied for every atom that they visit
@@ -24,13 +24,13 @@ def atom_of(form: Ragged) -> int:
     return gcd(*form.widths)
 
 
-def atom_hindrance(form: Ragged, setting: Setting) -> str | None:
-    """Why its experts can't be run as atoms here, if they can't."""
+def atom_hindrance(form: Ragged) -> str | None:
+    """Why its experts can't be run as atoms, if they can't."""
     atom = atom_of(form)
     if atom < LEAST_ATOM:
         found = f"multiples of no more than {atom}" if atom else "all 0"
         return f"widths are {found}, and atoms want multiples of {LEAST_ATOM} (--width-multiple 64)"
-    return grouped_hindrance(form, setting)
+    return None
 
 
 class AtomsKernel(RaggedKernel):

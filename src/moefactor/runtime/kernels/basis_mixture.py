@@ -13,7 +13,7 @@ from ...routing import Routing
 from .atoms import AtomsKernel, atom_hindrance
 from .base import Kernel
 from .dense import RaggedKernel
-from .grouped import Linear, grouped_linear
+from .grouped import Linear, grouped_linear, looped_linear
 from .setting import Setting
 
 REBUILT_AT_ONCE = 8  # experts' bases in memory together
@@ -26,7 +26,7 @@ class BasisMixtureKernel(Kernel[BasisMixture]):
         super().__init__(form, setting, linear)
         self.ragged: RaggedKernel | None = None
         if form.ragged:
-            as_atoms = setting.device == "cuda" and atom_hindrance(form.ragged, setting) is None
+            as_atoms = setting.device == "cuda" and atom_hindrance(form.ragged) is None and linear is not looped_linear
             self.ragged = (AtomsKernel if as_atoms else RaggedKernel)(form.ragged, setting, linear)
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:

@@ -1,5 +1,8 @@
-"""Mixtures of bases on a GPU, a few tokens at a time: f(Σ_j α_ej B_j) is formed tile by tile in registers and
-multiplied at once. Imported only where Triton is; its interpreter (TRITON_INTERPRET=1) runs it on a CPU."""
+"""Products on a GPU for a few tokens: f(Σ_j α_ej B_j) is formed tile by tile in registers and multiplied at once; with
+one basis an expert it is a grouped GEMM for what torch's does not take (float16, sizes that are not aligned).
+
+Imported only where Triton is; its interpreter (TRITON_INTERPRET=1) runs it on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from torch import Tensor
 from ...forms.base import Factors
 from ...routing import Routing
 from .basis_mixture import BasisMixtureKernel
+from .grouped import looped_linear
 
 MOST_TOKENS = 64  # beyond, experts' bases are used so often that forming them whole is the cheaper way
+MOST_ROWS = 8 * MOST_TOKENS  # of a grouped GEMM; a loop over experts reads weights once, tiles once for ROWS rows
 ROWS, OUT, IN = 16, 32, 64  # of a tile: pairs, what comes out, what is summed over
 
 
@@ -31,19 +36,30 @@ class TritonMixture(BasisMixtureKernel):
 
     def _through(self, factors: Factors, rows: Tensor, routing: Routing, *, out: int) -> Tensor:
         """rows (pairs, in) through every expert's basis. `out`: the axis of (G, m, r, H) that comes out."""
-        form, basis = self.form, factors["basis"]
-        inner = 5 - out
-        rows = rows.contiguous()
-        found = rows.new_zeros(len(rows), basis.shape[out])
-        if len(rows):
-            # Experts first: those that run side by side share what they read of the bases.
-            grid = (form.experts, triton.cdiv(basis.shape[out], OUT))
-            _mixture[grid](
-                rows, basis, factors["mix"].contiguous(), routing.offsets, found, basis.shape[out], basis.shape[inner],
-                basis.stride(0), basis.stride(1), basis.stride(out), basis.stride(inner), form.bases,
-                form.experts // form.groups, form.activation, ROWS, OUT, IN,
-            )  # fmt: skip
-        return found
+        basis = factors["basis"] if out == 3 else factors["basis"].transpose(2, 3)
+        return _launch(rows, basis, factors["mix"], routing.offsets, self.form.activation)
+
+
+def tiled_linear(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """As grouped_linear: rows (S, in), sorted; matrices (n, in, out); offsets (n,) -> (S, out)."""
+    if torch.is_grad_enabled() or len(rows) > MOST_ROWS:
+        return looped_linear(rows, matrices, offsets)
+    ones = matrices.new_ones(len(matrices), 1)
+    return _launch(rows.to(matrices.dtype), matrices.unsqueeze(1), ones, offsets, "identity")
+
+
+def _launch(rows: Tensor, bases: Tensor, mix: Tensor, offsets: Tensor, activation: str) -> Tensor:
+    """rows (S, in); bases (G, m, in, out) of groups of as many experts each; mix (E, m); offsets (E,) -> (S, out)."""
+    groups, count, inner, outer = bases.shape
+    rows, mix = rows.contiguous(), mix.contiguous()
+    found = rows.new_zeros(len(rows), outer)
+    if len(rows):
+        # Experts first: those that run side by side share what they read of the bases.
+        _mixture[(len(mix), triton.cdiv(outer, OUT))](
+            rows, bases, mix, offsets, found, outer, inner, bases.stride(0), bases.stride(1), bases.stride(3),
+            bases.stride(2), count, len(mix) // groups, activation, ROWS, OUT, IN,
+        )  # fmt: skip
+    return found
 
 
 @triton.jit
