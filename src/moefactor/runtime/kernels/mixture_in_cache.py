@@ -17,6 +17,7 @@ from .basis_mixture import BasisMixtureKernel
 
 ENTRIES = 1 << 20  # that are formed together, 4 MB of float32; more or fewer by half cost 5 to 20 %
 FEWEST_ROWS = 8
+FEW = 8  # rows an expert: fewer of 16 bits are multiplied faster once they are float32
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": partial(torch.nn.functional.silu, inplace=True),
     "tanh": torch.tanh_,
@@ -86,15 +87,19 @@ class MixtureInCache(BasisMixtureKernel):
             spans = list(members)
             mix = factors["mix"][[span.expert for span in spans]]
             bases = self._bases(factors, group, most)
+            # 16 bits are widened before mixing where the bases are fewer than what is made of them.
+            early = form.bases <= len(spans)
+            mix, wide = (mix.to(dtype), cast.new_empty(form.bases * most * form.hidden)) if early else (mix, cast)
             for first in range(0, form.rank, most):
                 own = slice(first, min(first + most, form.rank))
                 block = bases(own)  # (m, rows · H)
+                if early and block.dtype != dtype:
+                    block = wide[: block.numel()].view(block.shape).copy_(block)
                 for at in range(0, len(spans), at_once):
                     some = mix[at : at + at_once]
-                    formed = room[: len(some) * block.shape[1]].view(len(some), -1)
-                    torch.mm(some, block, out=formed)
-                    if dtype != formed.dtype:
-                        formed = cast[: formed.numel()].view(formed.shape).copy_(formed)
+                    size = len(some) * block.shape[1]
+                    formed = torch.mm(some, block, out=(cast if early else room)[:size].view(len(some), -1))
+                    formed = formed if formed.dtype == dtype else cast[:size].view(formed.shape).copy_(formed)
                     formed = IN_PLACE[form.activation](formed)
                     yield spans[at : at + at_once], own, formed.view(len(some), -1, form.hidden)
 
@@ -120,6 +125,6 @@ def _tracked(factors: Factors, rows: Tensor) -> bool:
 
 
 def _working(dtype: torch.dtype, routing: Routing) -> torch.dtype:
-    """Of f and the product. A few rows of 16 bits are multiplied faster once they are float32, and f is faster too."""
-    few = len(routing.expert) < 4 * sum(end > start for start, end in routing.bounds)
+    """Of f and the product."""
+    few = len(routing.expert) < FEW * sum(end > start for start, end in routing.bounds)
     return torch.float32 if few and dtype.itemsize < 4 else dtype
