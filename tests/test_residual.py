@@ -125,7 +125,7 @@ def test_frozen_windows() -> None:
     for place, order in enumerate(ORDERS):
         hashed = python_columns(4, range(6 * place, 6 * place + 6), 1 << 31)
         assert sorted(range(6), key=hashed.__getitem__) == order
-    assert form.columns(2, CPU).tolist() == [(n + 2) % 10 for row in (0, 5) for n in (row + r for r in RANKS)]
+    assert form.columns(2, CPU).tolist() == [(row + rank) % 10 for row in (0, 5) for rank in RANKS]
     assert torch.equal(form.columns(3, CPU), form.columns(2, CPU) + 10)
 
 

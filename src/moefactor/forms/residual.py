@@ -146,8 +146,8 @@ class WindowResidual(SparseResidual):
     """The same, row i of an expert's matrix being H entries of its group's vector on end, in an order of the hidden
     side that is drawn from the seed: one order for each place in a group, the same in all groups.
 
-    The vector is a circle of width · s entries. Row i starts at entry i · s, moved on by p · s // n in the p-th of the
-    group's n experts, so all entries are shared by equally many numbers to within one an expert.
+    The vector is a circle of width · s entries, and row i starts at entry i · s: every expert of the group has as many
+    numbers in one entry as in another, to within one.
     """
 
     name = "window_residual"
@@ -157,18 +157,13 @@ class WindowResidual(SparseResidual):
         """s, the same in all groups."""
         return self.sizes[0] // self.width
 
-    def shift(self, expert: int) -> int:
-        """By how much its first window is moved on."""
-        group, place, _ = self.places[expert]
-        return place * self.step // len(self.groups[group])
-
     def order(self, place: int, device: torch.device) -> Tensor:
         """(H,): which hidden unit each entry of a window belongs to, for the experts at one place of their groups."""
         return projection_columns(self.seed, place * self.hidden, self.hidden, 1 << 31, device).argsort(stable=True)
 
     def columns(self, expert: int, device: torch.device) -> Tensor:
         group, place, start = self.places[expert]
-        first = torch.arange(self.width, device=device).unsqueeze(1) * self.step + self.shift(expert)
+        first = torch.arange(self.width, device=device).unsqueeze(1) * self.step
         return (start + (first + self.order(place, device).argsort()) % self.sizes[group]).flatten()
 
     @classmethod

@@ -59,32 +59,35 @@ class WindowResidualKernel(Kernel[WindowResidual]):
         out = self.inner.read(self.form.inner_factors(factors), tokens, routing)
         maps = self._map(routing.expert.device)
         sort, group_ends = self._by_group(routing, maps)
-        expert = routing.expert[sort]
         padded = torch.nn.functional.pad(tokens.to(factors["residual"].dtype), (0, 1))
         ordered = padded.index_select(1, maps["sources"].flatten()).unflatten(1, maps["sources"].shape)
-        pieces = ordered[routing.token[sort], maps["kind"][expert]].view(-1, self.form.step)  # (pairs · C, s)
+        pieces = ordered[routing.token[sort], maps["place"][routing.expert[sort]]].view(-1, self.form.step)
         rows = self.linear(pieces, self._vectors(factors).transpose(1, 2), group_ends * self._pieces)
         rows = rows.view(-1, self._pieces, self.form.width)
-        met = sum((rows[:, c].roll(-c, 1) for c in range(1, self._pieces)), rows[:, 0])
+        met = rows[:, 0].clone()
+        for piece in range(1, self._pieces):
+            turn = piece % self.form.width
+            met[:, : self.form.width - turn] += rows[:, piece, turn:]
+            met[:, self.form.width - turn :] += rows[:, piece, :turn]
         return out + met[inverse(sort)]
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         inner = self.inner.write(self.form.inner_factors(factors), activations, routing)
         maps = self._map(routing.expert.device)
         sort, windows = self._windows(factors, activations, routing, maps)
-        return inner + windows[inverse(sort)].gather(1, maps["places"][maps["kind"][routing.expert]])
+        return inner + windows[inverse(sort)].gather(1, maps["entries"][maps["place"][routing.expert]])
 
     def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        """Windows of one kind are added up before their order is undone."""
+        """Windows of one order are added up before it is undone."""
         inner = self.inner.write_combined(self.form.inner_factors(factors), activations, routing)
         maps = self._map(routing.expert.device)
         sort, windows = self._windows(factors, activations, routing, maps)
-        kinds = len(maps["places"])
-        cell = routing.token[sort] * kinds + maps["kind"][routing.expert[sort]]
+        orders, reach = maps["sources"].shape
+        cell = routing.token[sort] * orders + maps["place"][routing.expert[sort]]
         weighted = windows.float() * routing.weight[sort].unsqueeze(1)
-        summed = weighted.new_zeros(routing.tokens * kinds, self._reach).index_add_(0, cell, weighted)
-        of_kind = summed.view(-1, kinds, self._reach).unbind(1)
-        parts = [own.index_select(1, places) for own, places in zip(of_kind, maps["places"].unbind(), strict=True)]
+        summed = weighted.new_zeros(routing.tokens * orders, reach).index_add_(0, cell, weighted)
+        of_order = summed.view(-1, orders, reach).unbind(1)
+        parts = [own.index_select(1, at) for own, at in zip(of_order, maps["entries"].unbind(), strict=True)]
         return inner + sum(parts[1:], parts[0]).to(inner.dtype)
 
     def _windows(
@@ -95,7 +98,7 @@ class WindowResidualKernel(Kernel[WindowResidual]):
         rows = activations[sort].to(factors["residual"].dtype)
         pieces = torch.stack([rows.roll(c, 1) for c in range(self._pieces)], 1).flatten(0, 1)  # (pairs · C, width)
         windows = self.linear(pieces, self._vectors(factors), group_ends * self._pieces)
-        return sort, windows.view(-1, self._reach)
+        return sort, windows.view(-1, self._pieces * self.form.step)
 
     def _vectors(self, factors: Factors) -> Tensor:
         """(groups, width, s)."""
@@ -109,32 +112,25 @@ class WindowResidualKernel(Kernel[WindowResidual]):
 
     @property
     def _pieces(self) -> int:
-        """C, the pieces that a window and its shift take."""
-        return -(-(self.form.hidden + max(map(self.form.shift, range(self.form.experts)))) // self.form.step)
-
-    @property
-    def _reach(self) -> int:
-        return self._pieces * self.form.step
+        """C, the pieces of a window."""
+        return -(-self.form.hidden // self.form.step)
 
     def _map(self, device: torch.device) -> dict[str, Tensor]:
-        """Index maps on `device`. Experts at one place of groups of one size are of one kind: order and shift.
+        """Index maps on `device`.
 
-        group, kind: (E,).  sources: (kinds, C · s), the hidden unit at each entry of the pieces, H where there is none.
-        places: (kinds, H), the entry of each hidden unit.
+        group, place: (E,), of each expert.  sources: (places, C · s), the hidden unit at each entry of a window, H
+        where the last piece has none.  entries: (places, H), where each hidden unit is.
         """
         if device not in self._maps:
             form = self.form
-            kinds: dict[tuple[int, int], int] = {}
-            group, kind = [], []
-            for expert in range(form.experts):
-                own, place, _ = form.places[expert]
-                group.append(own)
-                kind.append(kinds.setdefault((place, form.shift(expert)), len(kinds)))
-            sources = torch.full((len(kinds), self._reach), form.hidden, device=device)
-            for (place, shift), row in kinds.items():
-                sources[row, shift : shift + form.hidden] = form.order(place, device)
+            at = [form.places[expert] for expert in range(form.experts)]
+            orders = torch.stack([form.order(place, device) for place in range(max(map(len, form.groups)))])
             self._maps[device] = {
-                "group": torch.tensor(group, device=device), "kind": torch.tensor(kind, device=device),
-                "sources": sources, "places": sources.argsort(dim=1, stable=True)[:, : form.hidden],
-            }  # fmt: skip
+                "group": torch.tensor([group for group, *_ in at], device=device),
+                "place": torch.tensor([place for _, place, _ in at], device=device),
+                "sources": torch.nn.functional.pad(
+                    orders, (0, self._pieces * form.step - form.hidden), value=form.hidden
+                ),
+                "entries": orders.argsort(dim=1),
+            }
         return self._maps[device]
