@@ -1,10 +1,15 @@
-"""How fast each form runs beside the dense experts it replaces: one MoE layer, both in one run, several repeats.
+"""How fast each form runs beside the dense experts it replaces: one MoE layer, both in one run, alternating.
 
-    python benchmarks/speed.py
-    python benchmarks/speed.py --hidden 2048 --intermediate 768 --experts 128 --dtype bfloat16 --device cuda
+    python benchmarks/speed.py                                    # Qwen3-30B-A3B's layer, float32 and bfloat16
+    python benchmarks/speed.py --model deepseek-v3                # of DeepSeek-V3's size, 16 of its 256 experts
+    python benchmarks/speed.py --rows biaxial rfid --tokens 1,2048 --device cuda --dtypes bfloat16
 
-Random weights of the shapes that each method leaves at 40 % removed; uneven random routing. Prints seconds of the form
-over seconds of dense, alternating, as median and spread, beside the share of the parameters that is left.
+Random weights in the shapes that each method leaves at 40 % removed, uneven random routing. The dense side is
+transformers' own experts module under `grouped_mm`, its fastest on a CPU (`eager` is a row of the table; `batched_mm`
+copies every expert that a token visits). For every form: the share of the parameters that is left, seconds over dense's
+(median, and the least and the most but one) at each number of tokens, and the floor, what a call must read and multiply
+over what dense must (values of an activation on weights, which a mixture needs besides, are in the file). On a CPU
+seconds are the process's own, which other processes disturb less; run it on one thread.
 """
 
 from __future__ import annotations
@@ -13,34 +18,54 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from floor import Call, Work, work
 from moefactor.experts import ExpertLayer
-from moefactor.forms import BasePlusDelta, BasisMixture, Dense, Form, Ragged, SharedBasis, SparseResidual, low_rank
+from moefactor.forms import (
+    BasePlusDelta,
+    BasisMixture,
+    Dense,
+    Form,
+    Latent,
+    Ragged,
+    SharedBasis,
+    WindowResidual,
+    low_rank,
+)
 from moefactor.methods.biaxial.planning import Candidate, forms_of
 from moefactor.plan import LayerPlan
 from moefactor.runtime.module import FactorisedExperts
 
 KEPT = 0.6
+MODELS = {  # hidden, intermediate, experts, top k
+    "qwen3-30b": (2048, 768, 128, 8),
+    "deepseek-v3": (7168, 2048, 16, 8),  # of 256 experts, which one machine's memory would not hold
+}
 
 
-def plans(layer: ExpertLayer) -> dict[str, LayerPlan]:
-    """Row -> forms that keep about KEPT of the layer."""
+def plans(layer: ExpertLayer) -> dict[str, Callable[[], LayerPlan]]:
+    """Row -> forms that keep about KEPT of the layer, as the method named leaves them."""
     experts, width, hidden = layer.experts, layer.intermediate, layer.hidden
+    alone, joint = {"gate": width, "up": width, "down": width}, {"gate_up": 2 * width, "down": width}
 
-    def both(make: object) -> dict[str, Form]:
-        return {"gate_up": make(2 * width), "down": make(width)}
+    def each(make: Callable[[int], Form], stacks: dict[str, int]) -> LayerPlan:
+        return LayerPlan(layer, {name: make(rows) for name, rows in stacks.items()})
 
-    def grouped(groups: int) -> object:
+    def grouped(groups: int, kept: float = KEPT) -> Callable[[int], SharedBasis]:
         size = experts // groups
         members = tuple(tuple(range(g * size, (g + 1) * size)) for g in range(groups))
 
-        def make(rows: int) -> Form:
-            rank = int(KEPT * size * rows * hidden / (size * rows + hidden)) // 8 * 8
-            return SharedBasis(experts, rows, hidden, groups=members, ranks=(rank,) * groups)
+        def make(rows: int) -> SharedBasis:
+            rank = int(kept * size * rows * hidden / (size * rows + hidden)) // 8 * 8
+            return SharedBasis(experts, rows, hidden, groups=members, ranks=(min(rank, hidden),) * groups)
 
         return make
 
@@ -48,138 +73,202 @@ def plans(layer: ExpertLayer) -> dict[str, LayerPlan]:
         rank = int(KEPT * rows * hidden / (rows + hidden)) // 8 * 8
         return low_rank(experts, rows, hidden, (rank,) * experts)
 
-    def residual(rows: int) -> Form:
-        inner = grouped(experts // 4)(rows)
-        sizes = (round(0.03 * 4 * rows * hidden),) * (experts // 4)
-        return SparseResidual(experts, rows, hidden, inner, inner.groups, sizes, seed=0)
+    def many_ranks(rows: int) -> Form:
+        """As a spectrum would have it: from half the mean to half as much again."""
+        mean = KEPT * rows * hidden / (rows + hidden)
+        ranks = tuple(int(mean * (0.5 + e / (experts - 1))) // 8 * 8 for e in range(experts))
+        return low_rank(experts, rows, hidden, ranks)
 
-    def mixture(rows: int) -> Form:
-        rank = min(width, hidden)
-        bases = max(1, int(experts * (KEPT * rows * hidden - rows * rank) / (rank * hidden)))
-        return BasisMixture(experts, rows, hidden, bases=bases, rank=rank)
+    def rfid() -> LayerPlan:
+        """gate and up alone; they give what down, left as it is, keeps."""
+        step = hidden // 8
+        inner = grouped(experts // 4, 1.5 * KEPT - 0.5 - 0.03)(width)
+        sizes = (step * width,) * (experts // 4)
+        caught = WindowResidual(experts, width, hidden, inner, inner.groups, sizes, seed=0)
+        return LayerPlan(layer, {"gate": caught, "up": caught, "down": Dense(experts, width, hidden)})
 
-    def delta(rows: int) -> Form:
+    def mobe(rows: int) -> Form:
+        bases = max(1, int(experts * (KEPT * rows * hidden - rows * width) / (width * hidden)))
+        return BasisMixture(experts, rows, hidden, bases=bases, rank=width)
+
+    def slbf(rows: int) -> Form:
+        rank = int((KEPT * rows * hidden - rows * width) / (width + hidden)) // 8 * 8
+        return BasisMixture(experts, rows, hidden, bases=experts, rank=width, basis_rank=rank)
+
+    def d2moe(rows: int) -> Form:
         rank = int((KEPT - 1 / experts) * rows * hidden / (rows + hidden)) // 8 * 8
-        inner = low_rank(experts, rows, hidden, (rank,) * experts)
-        columns = hidden if rows == 2 * width else width
-        return BasePlusDelta(experts, rows, hidden, inner, kept=columns, writes=rows == width)
+        delta = low_rank(experts, rows, hidden, (rank,) * experts)
+        writes = rows == width
+        return BasePlusDelta(experts, rows, hidden, delta, kept=width if writes else hidden, writes=writes)
 
-    def ragged(rows: int) -> Form:
+    def ragged(multiple: int) -> Callable[[int], Form]:
         spread = [0.3 + 0.6 * e / (experts - 1) for e in range(experts)]
-        widths = tuple(int(s * width) // 8 * 8 for s in spread)
-        return Ragged(experts, rows, hidden, widths=widths, halves=rows // width)
+        widths = tuple(round(s * width / multiple) * multiple for s in spread)
+        return lambda rows: Ragged(experts, rows, hidden, widths=widths, halves=rows // width)
 
     def narrow(rows: int) -> Form:
-        return Ragged(
-            experts, rows, hidden, widths=(int(KEPT * width) // 8 * 8,) * experts, halves=rows // width
-        )  # fmt: skip
+        widths = (int(KEPT * width) // 8 * 8,) * experts
+        return Ragged(experts, rows, hidden, widths=widths, halves=rows // width)
 
-    rows = {
-        "low rank, an expert each": per_expert,
-        "shared basis, 1 group": grouped(1),
-        "shared basis, 2 groups": grouped(2),
-        "shared basis, groups of 4": grouped(experts // 4),
-        "groups of 4 and residual": residual,
-        "mixture of bases": mixture,
-        "base and deltas": delta,
-        "channels, ragged": ragged,
-        "channels, one width": narrow,
-    }
-
-    def biaxial(bases: int, activation: str = "silu") -> dict[str, Form]:
+    def biaxial(bases: int, activation: str = "silu") -> LayerPlan:
         """A quarter of the channels out, down as it is otherwise, the rest of the budget for gate and up."""
-        widths = tuple(width if e < 0.6 * experts else int(0.4 * width) // 8 * 8 for e in range(experts))
+        widths = tuple(width if e < 0.6 * experts else round(0.4 * width / 64) * 64 for e in range(experts))
         kept, left = sum(widths), KEPT * 3 * experts * width * hidden - sum(widths) * hidden
-        rank = int(left / (2 * kept + max(1, bases) * hidden)) // 8 * 8
-        chosen = {"gate_up": Candidate(0.0, 0, min(rank, hidden, 2 * width), bases, activation)}
-        return forms_of(layer, widths, chosen)
+        rank = min(int(left / (2 * kept + max(1, bases) * hidden)) // 8 * 8, hidden, 2 * width)
+        chosen = {"gate_up": Candidate(0.0, 0, rank, bases, activation)}
+        return LayerPlan(layer, forms_of(layer, widths, chosen))
 
-    made = {name: both(make) for name, make in rows.items()}
-    made |= {
-        "biaxial, fast": biaxial(0),
-        "biaxial, linear": biaxial(4, "identity"),
-        "biaxial, tight": biaxial(4),
+    def latent() -> LayerPlan:
+        """fast, whose down is behind a basis too: a latent MoE."""
+        rank = int(KEPT * hidden) // 8 * 8
+        return each(lambda rows: Latent(experts, rows, hidden, rank, Dense(experts, rows, rank)), joint)
+
+    return {
+        "channels, one width": lambda: each(narrow, joint),
+        "channels, ragged by 64": lambda: each(ragged(64), joint),
+        "channels, ragged by 1": lambda: each(ragged(1), joint),
+        "biaxial, fast": lambda: biaxial(0),
+        "biaxial, fast, latent": latent,
+        "biaxial, linear": lambda: biaxial(4, "identity"),
+        "biaxial, tight": lambda: biaxial(4),
+        "svd": lambda: each(per_expert, joint),
+        "svd, many ranks": lambda: each(many_ranks, joint),
+        "shared basis, 1 group": lambda: each(grouped(1), joint),
+        "shared basis, groups of 4": lambda: each(grouped(experts // 4), joint),
+        "rfid": rfid,
+        "d2moe": lambda: each(d2moe, joint),
+        "mobe": lambda: each(mobe, alone),
+        "slbf": lambda: each(slbf, alone),
     }
-    return {name: LayerPlan(layer, forms) for name, forms in made.items()}
 
 
-class Original(nn.Module):
-    """What FactorisedExperts asks of the module it replaces."""
-
-    has_post_expert_norm = False
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.marker = nn.Parameter(torch.empty(0, dtype=dtype))
-        self.has_post_expert_norm = False
-
-    def _apply_gate(self, first: torch.Tensor) -> torch.Tensor:
-        gate, up = first.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * up
+def dense_plan(layer: ExpertLayer) -> LayerPlan:
+    shapes = {"gate_up": 2 * layer.intermediate, "down": layer.intermediate}
+    return LayerPlan(layer, {name: Dense(layer.experts, rows, layer.hidden) for name, rows in shapes.items()})
 
 
-def build(plan: LayerPlan, dtype: torch.dtype, device: str) -> FactorisedExperts:
-    module = FactorisedExperts.replacing(Original(dtype), plan)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: (0.05 * torch.randn(p.shape, generator=generator)).to(dtype) for name, p in module.named_parameters()
-    }
-    module.load_state_dict(tensors, assign=True)
-    return module.to(device)
+def filled(module: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
+    """Small random numbers, the same few over and over: what they are does not matter, and there are billions."""
+    block = (0.05 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        count = parameter.numel()
+        if parameter.is_floating_point():
+            values = block.repeat(-(-count // len(block)))[:count].view(parameter.shape)
+        else:  # pivots: the first rows of every basis
+            values = torch.arange(parameter.shape[-1], dtype=torch.int32).expand(parameter.shape).contiguous()
+        setattr(module, name, nn.Parameter(values.to(device), requires_grad=False))
+    return module
 
 
-def seconds(module: FactorisedExperts, call: tuple, device: str) -> float:
-    started = time.perf_counter()
-    with torch.no_grad():
-        module(*call)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def transformers_experts(layer: ExpertLayer, implementation: str) -> Qwen3MoeExperts:
+    config = Qwen3MoeConfig(
+        num_experts=layer.experts, hidden_size=layer.hidden, moe_intermediate_size=layer.intermediate
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        return Qwen3MoeExperts(config)
+
+
+def routed(layer: ExpertLayer, tokens: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    popularity = torch.rand(layer.experts, generator=generator).square().expand(tokens, -1) + 0.02
+    ids = torch.multinomial(popularity, top_k, generator=generator)
+    x = torch.randn(tokens, layer.hidden, generator=generator)
+    return x, ids, torch.full((tokens, top_k), 1 / top_k)
+
+
+@dataclass
+class Timer:
+    dense: nn.Module
+    dtype: torch.dtype
+    device: str
+    repeats: int
+
+    def seconds(self, module: nn.Module, call: tuple[Tensor, ...]) -> float:
+        now = time.process_time if self.device == "cpu" else time.perf_counter
+        started = now()
+        with torch.no_grad():
+            module(*call)
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return now() - started
+
+    def ratios(self, module: nn.Module, call: tuple[Tensor, ...]) -> dict[str, float]:
+        """Fewer repeats for what takes seconds."""
+        x, ids, weights = call
+        call = (x.to(self.device, self.dtype), ids.to(self.device), weights.to(self.device, self.dtype))
+        self.seconds(self.dense, call)
+        slow = self.seconds(module, call)
+        repeats = self.repeats if slow < 1 else min(3, self.repeats)
+        pairs = [(self.seconds(module, call), self.seconds(self.dense, call)) for _ in range(repeats)]
+        found = sorted(a / b for a, b in pairs)
+        inner = found[1:-1] or found
+        return {
+            "median": statistics.median(found), "low": inner[0], "high": inner[-1],
+            "dense_milliseconds": 1e3 * statistics.median(b for _, b in pairs),
+        }  # fmt: skip
+
+
+def floors(plan: LayerPlan, ids: Tensor) -> dict[str, float]:
+    call = Call.of(ids)
+    own = sum((work(form, call) for form in plan.forms.values()), Work())
+    dense = sum((work(form, call) for form in dense_plan(plan.layer).forms.values()), Work())
+    return {
+        "numbers": own.numbers / dense.numbers, "products": own.products / dense.products,
+        "evaluations": own.evaluations,
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--intermediate", type=int, default=192)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--tokens", default="1,64,2048")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--model", choices=MODELS, default="qwen3-30b")
+    parser.add_argument("--tokens", default="1,8,64,2048")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rows", nargs="+", help="default all; a row matches by its beginning")
     parser.add_argument("--output", type=Path, default=Path("results/speed.json"))
     arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype)
-    layer = ExpertLayer("experts", "layer", arguments.experts, arguments.intermediate, arguments.hidden)
-    shapes = {"gate_up": 2 * layer.intermediate, "down": layer.intermediate}
-    dense = build(
-        LayerPlan(layer, {n: Dense(layer.experts, w, layer.hidden) for n, w in shapes.items()}), dtype, arguments.device
-    )
+    hidden, intermediate, experts, top_k = MODELS[arguments.model]
+    layer = ExpertLayer("experts", "layer", experts, intermediate, hidden)
     counts = [int(n) for n in arguments.tokens.split(",")]
-    print(f"{'':28}{'kept':>7}" + "".join(f"{f'{n} tokens':>24}" for n in counts))
-    results = {}
-    for name, plan in plans(layer).items():
-        module = build(plan, dtype, arguments.device)
-        kept = plan.parameter_count() / layer.parameter_count
-        cells = {}
-        for tokens in counts:
-            generator = torch.Generator().manual_seed(1)
-            popularity = torch.rand(layer.experts, generator=generator).square().expand(tokens, -1) + 0.02
-            ids = torch.multinomial(popularity, arguments.top_k, generator=generator)
-            x = torch.randn(tokens, layer.hidden, generator=generator)
-            weights = torch.full((tokens, arguments.top_k), 1 / arguments.top_k)
-            call = tuple(t.to(arguments.device) for t in (x.to(dtype), ids, weights.to(dtype)))
-            for warm in (dense, module):
-                seconds(warm, call, arguments.device)
-            pairs = [
-                (seconds(module, call, arguments.device), seconds(dense, call, arguments.device))
-                for _ in range(arguments.repeats)
-            ]
-            ratios = sorted(a / b for a, b in pairs)
-            cells[tokens] = {"median": statistics.median(ratios), "low": ratios[1], "high": ratios[-2]}
-        shown = "".join(f"{c['median']:10.2f} ({c['low']:.2f}-{c['high']:.2f})".rjust(24) for c in cells.values())
-        print(f"{name:28}{kept:7.3f}{shown}", flush=True)
-        results[name] = {"kept": kept, "seconds_over_dense": cells}
+    calls = {n: routed(layer, n, top_k) for n in counts}
+    results: dict = {"shape": layer.__dict__ | {"top_k": top_k}, "rows": {}}
+    print(f"{arguments.model}: H {hidden}, I {intermediate}, {experts} experts, top {top_k}, on {arguments.device}")
+    for dtype_name in arguments.dtypes.split(","):
+        dtype = getattr(torch, dtype_name)
+        dense = filled(transformers_experts(layer, "grouped_mm"), dtype, arguments.device)
+        timer = Timer(dense, dtype, arguments.device, arguments.repeats)
+        rows = results["rows"][dtype_name] = {}
+        title = f"{dtype_name}: seconds over dense's"
+        print(f"\n{title:32}{'kept':>6}" + "".join(f"{n:>10} tokens    " for n in counts) + "floor: reads, products")
+
+        def report(
+            name: str, module: nn.Module, plan: LayerPlan | None, timer: Timer = timer, into: dict = rows
+        ) -> None:
+            kept = plan.parameter_count() / layer.parameter_count if plan else 1.0
+            cells = {n: timer.ratios(module, call) for n, call in calls.items()}
+            floor = {n: floors(plan, calls[n][1]) for n in counts} if plan else {}
+            shown = "".join(f"{c['median']:7.2f} ({c['low']:.2f}-{c['high']:.2f})".rjust(21) for c in cells.values())
+            shown += "  " + " | ".join(f"{f['numbers']:.2f} {f['products']:.2f}" for f in floor.values())
+            print(f"{name:32}{kept:6.3f}{shown}", flush=True)
+            into[name] = {
+                "kept": kept, "seconds_over_dense": cells, "floor": floor
+            }  # fmt: skip
+
+        def wanted(name: str) -> bool:
+            return not arguments.rows or any(name.startswith(row) for row in arguments.rows)
+
+        if wanted("dense, eager"):
+            same = transformers_experts(layer, "eager")
+            same.gate_up_proj, same.down_proj = dense.gate_up_proj, dense.down_proj
+            report("dense, eager", same, None)
+        for name, make in plans(layer).items():
+            if wanted(name):
+                plan = make()
+                module = FactorisedExperts.replacing(transformers_experts(layer, "grouped_mm").to(dtype), plan)
+                report(name, filled(module, dtype, arguments.device), plan)
+        del dense, timer
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=1))
 

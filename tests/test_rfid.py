@@ -10,7 +10,7 @@ from layers import factorised, priced, random_stats, random_weights, stacked
 from moefactor.allocate import spend
 from moefactor.errors import UserError
 from moefactor.experts import ExpertWeights
-from moefactor.forms import SharedBasis, SparseResidual
+from moefactor.forms import SharedBasis, WindowResidual
 from moefactor.methods import METHODS
 from moefactor.stats import LayerStats
 
@@ -87,8 +87,8 @@ def test_residual_off_and_on(weights: ExpertWeights, stats: LayerStats) -> None:
     bare, off = factorised(RFID, weights, stats, units=3, residual=0.0)
     full, on = factorised(RFID, weights, stats, units=3, residual=0.1)
     assert isinstance(bare.forms["up"], SharedBasis)
-    assert isinstance(full.forms["up"], SparseResidual)
-    assert full.forms["up"].sizes == (round(0.1 * 4 * 16 * 24),) * 2
+    assert isinstance(full.forms["up"], WindowResidual)
+    assert full.forms["up"].sizes == (16 * round(0.1 * 4 * 24),) * 2
     assert all(0.8 * off.errors[stack] < on.errors[stack] < off.errors[stack] for stack in ("gate", "up"))
 
 

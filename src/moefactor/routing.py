@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -32,19 +30,24 @@ class Routing:
         # Not bincount, which asks a GPU for the largest id and so waits for it.
         self.offsets = torch.searchsorted(self.expert, every, right=True).int()  # (experts,) end of each expert's rows
         self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))  # (experts,)
+        # Not cached_property, whose lock torch.compile can't enter on Python 3.11.
+        self._bounds: list[tuple[int, int]] | None = None
+        self._places: Tensor | None = None
 
-    @cached_property
+    @property
     def bounds(self) -> list[tuple[int, int]]:
         """Rows of each expert on the host; one synchronisation on a GPU, only for forms that loop."""
-        ends = self.offsets.tolist()
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+        if self._bounds is None:
+            ends = self.offsets.tolist()
+            self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+        return self._bounds
 
-    @cached_property
-    def _places(self) -> Tensor:
+    @property
+    def places(self) -> Tensor:
         """(pairs,) where each pair of the tokens' order lies in the experts' order."""
-        places = torch.empty_like(self.order)
-        places[self.order] = torch.arange(len(places), device=places.device)
-        return places
+        if self._places is None:
+            self._places = inverse(self.order)
+        return self._places
 
     def split(self, pairs: Tensor) -> tuple[Tensor, ...]:
         """Each expert's rows. All at once: a slice apiece would cost a backward pass as many gradients of the whole."""
@@ -52,7 +55,7 @@ class Routing:
 
     def by_token(self, pairs: Tensor) -> Tensor:
         """(pairs, …) in the experts' order -> (T, k, …)."""
-        return pairs.index_select(0, self._places).unflatten(0, (self.tokens, self.top_k))
+        return pairs.index_select(0, self.places).unflatten(0, (self.tokens, self.top_k))
 
     def combine(self, pairs: Tensor) -> Tensor:
         """Σ over a token's experts of weight · row: (pairs, H) -> (tokens, H).
@@ -61,3 +64,10 @@ class Routing:
         """
         weighted = pairs * self.weight.unsqueeze(-1).to(pairs.dtype)
         return self.by_token(weighted).sum(dim=1)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Of a permutation."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places

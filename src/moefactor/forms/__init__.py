@@ -14,12 +14,13 @@ from .dense import Dense
 from .fields import Fields
 from .latent import Latent
 from .ragged import Ragged
-from .residual import SparseResidual
+from .residual import SparseResidual, WindowResidual
 from .shared_basis import SharedBasis
 from .shared_private import SharedPrivate
 
 __all__ = ["FLOAT", "FORMS", "INT32", "BasePlusDelta", "BasisMixture", "Dense", "Form", "Latent", "Ragged",
-           "SharedBasis", "SharedPrivate", "SparseResidual", "TensorSpec", "form_from_json", "low_rank"]  # fmt: skip
+           "SharedBasis", "SharedPrivate", "SparseResidual", "TensorSpec", "WindowResidual",
+           "form_from_json", "low_rank"]  # fmt: skip
 
 FORMS: dict[str, type[Form]] = {
     "dense": Dense,
@@ -31,6 +32,7 @@ FORMS: dict[str, type[Form]] = {
     "latent": Latent,
     "ragged": Ragged,
     "sparse_residual": SparseResidual,
+    "window_residual": WindowResidual,
 }
 DEEPEST = 8  # forms inside forms, in a file that somebody wrote
 

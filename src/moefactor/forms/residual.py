@@ -1,9 +1,10 @@
-"""SparseResidual: what another form leaves over, caught in one short vector a group (RFID, arXiv 2602.09316 §3.3;
-the projection is Uni-LoRA's, arXiv 2506.00799).
+"""What another form leaves over, caught in one short vector a group (RFID, arXiv 2602.09316 §3.3; the projection is
+Uni-LoRA's, arXiv 2506.00799).
 
-P has one non-zero a row, its column drawn from a seed, columns scaled so that PᵀP = I. Then η = Pᵀ vec(R) is the
-least-squares answer and P η gives every entry of a column the mean of what was caught there. That mean is what is
-stored, so P is needed neither on disk nor in memory: its column numbers come back from a hash of the seed.
+P has one non-zero a row, columns scaled so that PᵀP = I. Then η = Pᵀ vec(R) is the least-squares answer and P η gives
+every entry of a column the mean of what was caught there. That mean is what is stored, so P is needed neither on disk
+nor in memory: its column numbers come back from a seed. SparseResidual hashes every entry's number, which is as slow as
+it sounds; WindowResidual, what is made today, lets a row of a matrix be a window of the vector, which a GEMM can read.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class SparseResidual(Form):
         return {outer: inner[name] for name, outer in self._names.items()} | own
 
     @cached_property
-    def _places(self) -> dict[int, tuple[int, int, int]]:
+    def places(self) -> dict[int, tuple[int, int, int]]:
         """expert -> its group, its place in the group, where the group's vector starts."""
         starts = [0]
         for size in self.sizes:
@@ -84,7 +85,7 @@ class SparseResidual(Form):
 
     def columns(self, expert: int, device: torch.device) -> Tensor:
         """(width · H,) places in `residual` that the expert's entries share, row by row."""
-        group, place, start = self._places[expert]
+        group, place, start = self.places[expert]
         count = self.width * self.hidden
         return start + projection_columns(self.seed + group, place * count, count, self.sizes[group], device)
 
@@ -119,7 +120,7 @@ class SparseResidual(Form):
     def to_json(self) -> dict:
         group_of = {e: str(g) for g, members in enumerate(self.groups) for e in members}
         return {
-            "form": "sparse_residual",
+            "form": self.name,
             "inner": self.inner.to_json(),
             "groups": " ".join(group_of[e] for e in range(self.experts)),
             "sizes": list(self.sizes),
@@ -129,8 +130,43 @@ class SparseResidual(Form):
     @classmethod
     def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> SparseResidual:
         sizes = data.list("sizes")
+        cls._check_sizes(data, sizes, width)
         groups = data.groups("groups", len(sizes), experts, "sizes")
         for group, size in zip(groups, sizes, strict=True):
             data.within("size", size, 1, len(group) * width * hidden, why=", the group's own parameters")
         seed = data.whole("seed", 0, 1 << 128)
         return cls(experts, width, hidden, inner=data.inner("inner"), groups=groups, sizes=sizes, seed=seed)
+
+    @classmethod
+    def _check_sizes(cls, data: Fields, sizes: tuple, width: int) -> None:
+        pass
+
+
+class WindowResidual(SparseResidual):
+    """The same, row i of an expert's matrix being H entries of its group's vector on end, in an order of the hidden
+    side that is drawn from the seed: one order for each place in a group, the same in all groups.
+
+    The vector is a circle of width · s entries, and row i starts at entry i · s: every expert of the group has as many
+    numbers in one entry as in another, to within one.
+    """
+
+    name = "window_residual"
+
+    @property
+    def step(self) -> int:
+        """s, the same in all groups."""
+        return self.sizes[0] // self.width
+
+    def order(self, place: int, device: torch.device) -> Tensor:
+        """(H,): which hidden unit each entry of a window belongs to, for the experts at one place of their groups."""
+        return projection_columns(self.seed, place * self.hidden, self.hidden, 1 << 31, device).argsort(stable=True)
+
+    def columns(self, expert: int, device: torch.device) -> Tensor:
+        group, place, start = self.places[expert]
+        first = torch.arange(self.width, device=device).unsqueeze(1) * self.step
+        return (start + (first + self.order(place, device).argsort()) % self.sizes[group]).flatten()
+
+    @classmethod
+    def _check_sizes(cls, data: Fields, sizes: tuple, width: int) -> None:
+        if len({*sizes}) > 1 or any(not isinstance(size, int) or size % width for size in sizes):
+            raise data.error(f"sizes {[*sizes]} do not fit; they must be one multiple of the width, {width}.")

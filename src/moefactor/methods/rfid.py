@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..fitting.descent import Kept, descend
 from ..fitting.linalg import effective_rank, gram, spectrum, top_eigenvectors
 from ..fitting.stack import Stack, stack_error
-from ..forms import SharedBasis, SparseResidual
+from ..forms import SharedBasis, SparseResidual, WindowResidual
 from .base import Fitted, StackOffers, lift
 from .shared_basis import Group, consecutive, grouped_offers
 
@@ -55,10 +55,16 @@ def offers(
     if residual == 0:
         return inner
     experts, width, hidden = stack.shape
-    sizes = tuple(max(1, round(residual * len(g) * width * hidden)) for g in groups)
+    # A channel's share of the vector; where it comes to that, a whole number of them makes a row.
+    share = residual * len(groups[0])
+    if share > 1:
+        raise UserError(f"rfid: residual {residual} is more than one expert's share of a group of {len(groups[0])}.")
+    whole = -(-hidden // round(1 / share))
+    step = whole if abs(whole / (share * hidden) - 1) < 0.05 else max(1, round(share * hidden))
+    sizes = (step * width,) * len(groups)
     return StackOffers(
         inner.offers,
-        form=SparseResidual(experts, width, hidden, inner=inner.form, groups=tuple(groups), sizes=sizes, seed=seed),
+        form=WindowResidual(experts, width, hidden, inner=inner.form, groups=tuple(groups), sizes=sizes, seed=seed),
         fixed=sum(sizes),
     )
 

@@ -39,6 +39,7 @@ class FactorisedExperts(nn.Module):
         self.forms: Mapping[str, Form] = plan.forms
         self._kernels: dict[tuple[torch.device, torch.dtype], dict[str, Kernel]] = {}
         self.intercept_ids = list(plan.intercept)
+        self._intercept_at: dict[torch.device, Tensor] = {}  # the ids; made once, since a CUDA graph can't copy a list
         for name, spec in plan.tensors().items():
             whole = spec.dtype == INT32
             empty = torch.empty(spec.shape, dtype=torch.int32 if whole else dtype, device="meta")
@@ -96,8 +97,10 @@ class FactorisedExperts(nn.Module):
         )
         if not self.intercept_ids:
             return constants
-        ids = torch.tensor(self.intercept_ids, device=constants.device)
-        return constants.index_add(0, ids, self.intercept)
+        at = constants.device
+        if at not in self._intercept_at:
+            self._intercept_at[at] = torch.tensor(self.intercept_ids, device=at)
+        return constants.index_add(0, self._intercept_at[at], self.intercept)
 
     def _combined_constants(self, routing: Routing) -> Tensor:
         """Σ over a token's experts of weight · constant: one small product instead of an addition for every pair."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-from ...forms import Form, Ragged
+from ...forms import BasisMixture, Form, Ragged
 from ...routing import Routing
+from .atoms import AtomsKernel, atom_hindrance
 from .base import Kernel
 from .basis_mixture import BasisMixtureKernel
-from .composed import BasePlusDeltaKernel, LatentKernel, SparseResidualKernel
+from .composed import BasePlusDeltaKernel, LatentKernel
 from .dense import DenseKernel, RaggedKernel
-from .grouped import grouped_hindrance, grouped_linear, looped_linear
+from .grouped import DTYPES, Linear, grouped_hindrance, grouped_linear, looped_linear
+from .mixture_in_cache import MixtureInCache
 from .reference import Rebuilt
+from .residual import SparseResidualKernel, WindowResidualKernel
 from .setting import Setting
 from .shared_basis import SharedBasisKernel, SharedPrivateKernel
 
@@ -30,11 +34,13 @@ class Way:
     """One way to run a form.
 
     name: for people.  build: (form, setting) -> Kernel.  hindrance: (form, setting) -> why it can't, or None.
+    device: the one it is made for, if there is one; elsewhere it is no way at all, so nothing hinders it.
     """
 
     name: str
-    build: Callable[[Form, Setting], Kernel]
-    hindrance: Callable[[Form, Setting], str | None]
+    build: Callable[[Any, Setting], Kernel]
+    hindrance: Callable[[Any, Setting], str | None]
+    device: str | None = None
 
 
 def _always(form: Form, setting: Setting) -> None:
@@ -47,10 +53,44 @@ def _uneven(form: Ragged, setting: Setting) -> str | None:
     return grouped_hindrance(form, setting)
 
 
+def _no_triton(form: Form, setting: Setting) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if isinstance(form, BasisMixture) and form.basis_rank:
+        return "bases of low rank are multiplied out before they are mixed"
+    return None if setting.dtype in DTYPES else f"tiles do not take {setting.dtype_name}"
+
+
+def _no_atoms(form: Ragged, setting: Setting) -> str | None:
+    return atom_hindrance(form) or (_no_triton(form, setting) and grouped_hindrance(form, setting))
+
+
+def _linear(form: Form, setting: Setting) -> Linear:
+    """The fastest products with a matrix an expert that a form can have here."""
+    if grouped_hindrance(form, setting) is None:
+        return grouped_linear
+    if setting.device != "cuda" or _no_triton(form, setting):
+        return looped_linear
+    from .mixture_triton import tiled_linear
+
+    return tiled_linear
+
+
+def _with(kernel: type[Kernel]) -> Callable[[Form, Setting], Kernel]:
+    return lambda form, setting: kernel(form, setting, _linear(form, setting))
+
+
+def _by_triton(form: BasisMixture, setting: Setting) -> Kernel:
+    from .mixture_triton import TritonMixture
+
+    return TritonMixture(form, setting, _linear(form, setting))
+
+
 def _ways(kernel: type[Kernel], hindrance: Callable[..., str | None] = grouped_hindrance) -> tuple[Way, ...]:
-    """A kernel whose products can be grouped or looped."""
+    """A kernel whose products can be grouped, tiled or looped."""
     return (
         Way("grouped GEMM", partial(kernel, linear=grouped_linear), hindrance),
+        Way("tiles by Triton", _with(kernel), _no_triton, "cuda"),
         Way("a loop over experts", partial(kernel, linear=looped_linear), _always),
         REFERENCE,
     )
@@ -68,24 +108,34 @@ def _around(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> tup
 REFERENCE = Way("experts rebuilt", Rebuilt, _always)
 KERNELS: dict[str, tuple[Way, ...]] = {
     "dense": _ways(DenseKernel),
-    "ragged": _ways(RaggedKernel, _uneven),
+    "ragged": (
+        Way("grouped GEMM", RaggedKernel, _uneven),
+        # On a CPU a loop takes less time than tokens copied for every atom.
+        Way("atoms of one width", _with(AtomsKernel), _no_atoms, "cuda"),
+        *_ways(RaggedKernel)[2:],
+    ),
     "shared_basis": _ways(SharedBasisKernel),
     "shared_private": _ways(SharedPrivateKernel),
-    "basis_mixture": _ways(BasisMixtureKernel),
+    "basis_mixture": (
+        Way("formed in cache", _with(MixtureInCache), _always, "cpu"),
+        Way("formed by Triton", _by_triton, _no_triton, "cuda"),
+        *_ways(BasisMixtureKernel),
+    ),
     "latent": _around(LatentKernel, "inner"),
     "base_plus_delta": _around(BasePlusDeltaKernel, "delta"),
     "sparse_residual": _around(SparseResidualKernel, "inner"),
+    "window_residual": _around(WindowResidualKernel, "inner"),
 }
 
 
-def ways(form: Form) -> tuple[Way, ...]:
-    """All ways to run a form, the fastest first."""
-    return KERNELS.get(form.name, (REFERENCE,))
+def ways(form: Form, setting: Setting) -> list[Way]:
+    """All ways to run a form on this device, the fastest first."""
+    return [way for way in KERNELS.get(form.name, (REFERENCE,)) if way.device in (None, setting.device)]
 
 
 def way(form: Form, setting: Setting) -> Way:
     """The first of the form's ways that nothing hinders; the reference serves everything."""
-    return next(way for way in ways(form) if way.hindrance(form, setting) is None)
+    return next(way for way in ways(form, setting) if way.hindrance(form, setting) is None)
 
 
 def choose(form: Form, setting: Setting) -> Kernel:
@@ -96,7 +146,7 @@ def choose(form: Form, setting: Setting) -> Kernel:
 def why_not(form: Form, setting: Setting) -> list[tuple[str, str]]:
     """(way, why it can't serve here) of those that would be faster than the chosen one, inner forms included."""
     found = []
-    for candidate in ways(form):
+    for candidate in ways(form, setting):
         hindrance = candidate.hindrance(form, setting)
         if hindrance is None:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -27,6 +28,12 @@ class Kernel(ABC, Generic[FormT]):
 
     def __init__(self, form: FormT, setting: Setting, linear: Linear = grouped_linear):
         self.form, self.setting, self.linear = form, setting, linear
+        # Worked out now: torch.compile can't enter a cached_property's lock (Python 3.11).
+        for owner in (form, self):
+            for kind in type(owner).__mro__:
+                for name, value in vars(kind).items():
+                    if isinstance(value, cached_property):
+                        getattr(owner, name)
 
     def laid_out(self, factors: Factors) -> Factors:
         """The tensors as this kernel wants them in memory, called once after loading. Names and shapes stay, since

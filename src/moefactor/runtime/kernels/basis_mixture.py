@@ -10,9 +10,10 @@ from torch import Tensor
 from ...forms import BasisMixture
 from ...forms.base import Factors
 from ...routing import Routing
+from .atoms import AtomsKernel, atom_hindrance
 from .base import Kernel
 from .dense import RaggedKernel
-from .grouped import Linear, grouped_linear
+from .grouped import Linear, grouped_linear, looped_linear
 from .setting import Setting
 
 REBUILT_AT_ONCE = 8  # experts' bases in memory together
@@ -23,18 +24,23 @@ class BasisMixtureKernel(Kernel[BasisMixture]):
 
     def __init__(self, form: BasisMixture, setting: Setting, linear: Linear = grouped_linear):
         super().__init__(form, setting, linear)
-        self.ragged = form.ragged and RaggedKernel(form.ragged, setting, linear)
+        self.ragged: RaggedKernel | None = None
+        if form.ragged:
+            as_atoms = setting.device == "cuda" and atom_hindrance(form.ragged) is None and linear is not looped_linear
+            self.ragged = (AtomsKernel if as_atoms else RaggedKernel)(form.ragged, setting, linear)
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        form = self.form
-        if self._stays_factorised(routing):
-            return self._read_private(factors, self._mixed_latents(factors, tokens, routing), routing)
+        through = self._mixed_latents if self._stays_factorised(routing) else self._into_rebuilt
+        return self._read_private(factors, through(factors, tokens, routing), routing)
+
+    def _into_rebuilt(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
+        """(T, H) -> (pairs, r) through the experts' own bases."""
         parts = []
         for experts, window, offsets in self._hit(routing):
-            basis = form.expert_bases(factors, experts)
+            basis = self.form.expert_bases(factors, experts)
             latent = self.linear(tokens.index_select(0, routing.token[window]), basis.transpose(1, 2), offsets)
             parts.append(latent)
-        return self._read_private(factors, torch.cat(parts) if parts else tokens.new_zeros(0, form.rank), routing)
+        return torch.cat(parts) if parts else tokens.new_zeros(0, self.form.rank)
 
     def _read_private(self, factors: Factors, latents: Tensor, routing: Routing) -> Tensor:
         """(pairs, r) -> (pairs, width)."""
@@ -49,11 +55,15 @@ class BasisMixtureKernel(Kernel[BasisMixture]):
         return self.linear(activations, factors["private"].transpose(1, 2), routing.offsets)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        form = self.form
-        latents, parts = self._write_private(factors, activations, routing), []
-        for experts, window, offsets in self._hit(routing):
-            parts.append(self.linear(latents[window], form.expert_bases(factors, experts), offsets))
-        return torch.cat(parts) if parts else activations.new_zeros(0, form.hidden)
+        return self._out_of_rebuilt(factors, self._write_private(factors, activations, routing), routing)
+
+    def _out_of_rebuilt(self, factors: Factors, latents: Tensor, routing: Routing) -> Tensor:
+        """(pairs, r) -> (pairs, H) through the experts' own bases."""
+        parts = [
+            self.linear(latents[window], self.form.expert_bases(factors, experts), offsets)
+            for experts, window, offsets in self._hit(routing)
+        ]
+        return torch.cat(parts) if parts else latents.new_zeros(0, self.form.hidden)
 
     def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         if not self._stays_factorised(routing):
@@ -76,7 +86,7 @@ class BasisMixtureKernel(Kernel[BasisMixture]):
         """(pairs, r): Σ_j α_ej B_j x for every pair, in routing's order."""
         form = self.form
         basis = factors["basis"].flatten(0, 2)
-        latents = (tokens.to(basis.dtype) @ basis.T).view(routing.tokens, -1, form.rank)  # (T, G·m, r)
+        latents = (tokens.to(basis.dtype) @ basis.T).unflatten(1, (-1, form.rank))  # (T, G·m, r)
         return (self._mix_by_token(factors, routing) @ latents).flatten(0, 1)[routing.order]
 
     def _mix_by_token(self, factors: Factors, routing: Routing) -> Tensor:

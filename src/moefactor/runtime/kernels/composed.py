@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...forms import BasePlusDelta, Latent, SparseResidual
+from ...forms import BasePlusDelta, Latent
 from ...forms.base import Factors
 from ...routing import Routing
 from .base import Kernel
@@ -62,36 +61,3 @@ class BasePlusDeltaKernel(Kernel[BasePlusDelta]):
             chosen = score.topk(used).indices.sort().values
             base, rows = base[chosen], rows[:, chosen]
         return rows @ base
-
-
-class SparseResidualKernel(Kernel[SparseResidual]):
-    """The residual of the experts hit is rebuilt, that of the others never."""
-
-    def __init__(self, form: SparseResidual, setting: Setting, inner: Kernel):
-        super().__init__(form, setting, inner.linear)
-        self.inner = inner
-
-    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        out = self.inner.read(self.form.inner_factors(factors), tokens, routing)
-        tokens = tokens.to(factors["residual"].dtype)
-        back = self.form.back_projected
-        parts = [tokens[routing.token[a:b]] @ back(factors, e).T for e, (a, b) in self._hit(routing)]
-        return out + torch.cat(parts) if parts else out
-
-    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        inner = self.inner.write(self.form.inner_factors(factors), activations, routing)
-        return inner + self._write_residual(factors, activations, routing)
-
-    def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        inner = self.inner.write_combined(self.form.inner_factors(factors), activations, routing)
-        return inner + routing.combine(self._write_residual(factors, activations, routing))
-
-    def _write_residual(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        activations = activations.to(factors["residual"].dtype)
-        back = self.form.back_projected
-        parts = [activations[a:b] @ back(factors, e) for e, (a, b) in self._hit(routing)]
-        return torch.cat(parts) if parts else activations.new_zeros(0, self.form.hidden)
-
-    @staticmethod
-    def _hit(routing: Routing) -> list[tuple[int, tuple[int, int]]]:
-        return [(e, (a, b)) for e, (a, b) in enumerate(routing.bounds) if b > a]

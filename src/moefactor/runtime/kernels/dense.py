@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -34,10 +38,10 @@ class RaggedKernel(Kernel[Ragged]):
         if common:
             matrices = weight.view(form.experts, form.halves * common, form.hidden).transpose(1, 2)
             return self._widen(self.linear(rows, matrices, routing.offsets), common)
-        parts = []
-        for expert, (own, matrix) in enumerate(zip(routing.split(rows), form.expert_rows(weight), strict=True)):
-            if len(own):
-                parts.append(self._widen(own.to(weight.dtype) @ matrix.T, form.widths[expert]))
+        parts = [
+            self._widen(own.to(weight.dtype) @ matrix.T, len(matrix) // form.halves)
+            for own, matrix in self._hit(rows, weight, routing)
+        ]
         return torch.cat(parts) if parts else rows.new_zeros(0, form.width)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
@@ -45,11 +49,25 @@ class RaggedKernel(Kernel[Ragged]):
         if common:
             matrices = weight.view(form.experts, common, form.hidden)
             return self.linear(activations[:, :common], matrices, routing.offsets)
-        parts = []
-        for own, matrix in zip(routing.split(activations), form.expert_rows(weight), strict=True):
-            if len(own):
-                parts.append(own[:, : len(matrix)].to(weight.dtype) @ matrix)
+        parts = [
+            own[:, : len(matrix)].to(weight.dtype) @ matrix for own, matrix in self._hit(activations, weight, routing)
+        ]
         return torch.cat(parts) if parts else activations.new_zeros(0, form.hidden)
+
+    def _hit(self, rows: Tensor, weight: Tensor, routing: Routing) -> Iterator[tuple[Tensor, Tensor]]:
+        """(its rows, its matrix) of each expert that has rows."""
+        if torch.is_grad_enabled():
+            pairs = zip(routing.split(rows), self.form.expert_rows(weight), strict=True)
+            yield from ((own, matrix) for own, matrix in pairs if len(own))
+            return
+        for (start, end), first, width in zip(routing.bounds, self._starts, self.form.widths, strict=True):
+            if end > start:
+                yield rows[start:end], weight[first : first + self.form.halves * width]
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        """Row of the weight where each expert begins."""
+        return tuple(accumulate((self.form.halves * width for width in self.form.widths), initial=0))[:-1]
 
     def _widen(self, out: Tensor, width: int) -> Tensor:
         """(n, halves · width) -> (n, halves · I), zeros for the channels that are gone."""

@@ -62,7 +62,7 @@ def _alignment(dtype: torch.dtype) -> int:
 
 def _aligned_for_grouped_mm(matrices: Tensor) -> bool:
     # safetensors maps files at 8-byte boundaries, the kernel wants 16.
-    if matrices.device.type != "meta" and matrices.data_ptr() % 16:
+    if not _starts_aligned(matrices):
         return False
     align = _alignment(matrices.dtype)
     # The backward pass multiplies by what is laid out along the other axis, whose gradients nobody pads.
@@ -72,9 +72,15 @@ def _aligned_for_grouped_mm(matrices: Tensor) -> bool:
     return strides[1:].count(1) == 1 and all(s % align == 0 for s in strides if s != 1)
 
 
+def _starts_aligned(tensor: Tensor) -> bool:
+    """Whether it starts at an address that a grouped GEMM takes. While torch.compile traces there are no addresses:
+    weights were laid out, and what is computed starts where an allocator puts it."""
+    return torch.compiler.is_compiling() or tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0
+
+
 def _aligned(rows: Tensor) -> Tensor:
     align = _alignment(rows.dtype)
-    if rows.stride(-1) == 1 and rows.stride(0) % align == 0 and rows.data_ptr() % 16 == 0:
+    if rows.stride(-1) == 1 and rows.stride(0) % align == 0 and _starts_aligned(rows):
         return rows
     columns = rows.shape[-1]
     return torch.nn.functional.pad(rows, (0, -columns % align))[:, :columns]

@@ -101,7 +101,9 @@ class SharedBasisKernel(Kernel[SharedBasis]):
                 end = start + sum(b - a for a, b in (routing.bounds[e] for e in bucket.experts))
             else:
                 end = ends[index]
-            yield _Part(bucket, routing, rows, slice(start, end), bucket_counts, maps)
+            # Of many ranks most have no rows when one token is decoded; training wants a gradient of all, if of 0.
+            if end > start or torch.is_grad_enabled() or not len(routing.expert):
+                yield _Part(bucket, routing, rows, slice(start, end), bucket_counts, maps)
             first_slot, start = first_slot + len(bucket.experts), end
 
     def _unsort(self, parts: list[Tensor], routing: Routing) -> Tensor:
