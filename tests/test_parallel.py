@@ -19,6 +19,8 @@ from moefactor.forms import (
     Ragged,
     SharedBasis,
     SharedPrivate,
+    SparseResidual,
+    WindowResidual,
     low_rank,
 )  # fmt: skip
 from moefactor.plan import LayerPlan
@@ -49,13 +51,16 @@ def stack(name: str, halves: int) -> Form:
         "ragged_mixture": replace(mixture, groups=1, **ragged),
         "base_plus_delta": BasePlusDelta(*shape, pairs, kept=WIDTH if narrow else HIDDEN, writes=narrow),
         "pruned_base": BasePlusDelta(*shape, SharedPrivate(*shape, rank=2), kept=11 if narrow else 20, writes=narrow),
+        "hashed_residual": SparseResidual(*shape, mixture, UNGROUPED, sizes=(50, 70, 60), seed=3),
+        "window_residual": WindowResidual(*shape, pairs, UNGROUPED, sizes=(3 * width,) * 3, seed=3),
         "latent": Latent(*shape, rank=7, inner=Ragged(EXPERTS, width, 7, **ragged)),
     }
     return made[name]
 
 
 FORMS = ("dense", "ragged", "low_rank", "shared_basis", "shared_private", "mixture", "low_rank_mixture",
-         "ragged_mixture", "base_plus_delta", "pruned_base", "latent")  # fmt: skip
+         "ragged_mixture", "base_plus_delta", "pruned_base", "latent", "hashed_residual",
+         "window_residual")  # fmt: skip
 
 
 def tensors_of(plan: LayerPlan) -> dict[str, torch.Tensor]:
@@ -114,7 +119,7 @@ def test_channels_over_ranks_add_up(name: str, size: int) -> None:
     torch.testing.assert_close(total, module(plan, tensors)(*call()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name in FORMS if "residual" not in name])
 def test_experts_over_ranks_add_up(name: str) -> None:
     plan = plan_of(name, BIASED, intercept=(1, 4))
     tensors = tensors_of(plan)
@@ -165,6 +170,9 @@ def test_what_cannot_be_cut_says_so() -> None:
     plan = LayerPlan(LAYER, {"gate_up": stack("dense", 2), "down": dynamic})
     with pytest.raises(UserError, match=r"experts down: .*--dynamic"):
         share_of_layer(plan, tensors_of(plan), Share.of_channels(plan, 0, 2))
+    plan = plan_of("window_residual")
+    with pytest.raises(UserError, match="serve it tensor parallel"):
+        share_of_layer(plan, tensors_of(plan), Share.of_experts(plan, (0, 1, 2, 3)))
     plan = plan_of("mixture")
     with pytest.raises(UserError, match="cut through groups of 4"):
         share_of_layer(plan, tensors_of(plan), Share.of_experts(plan, (0, 1, 4)))

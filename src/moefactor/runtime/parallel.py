@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..forms import BasePlusDelta, BasisMixture, Dense, Form, Latent, Ragged, SharedBasis, SharedPrivate
+from ..forms import BasePlusDelta, BasisMixture, Dense, Form, Latent, Ragged, SharedBasis, SharedPrivate, SparseResidual
 from ..forms.base import Factors
 from ..plan import LayerPlan
+from .kernels.residual_share import ResidualShare
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Share:
 
     def rows(self, width: int) -> Tensor:
         """Rows of a stack of `width` (I, or 2I of gate and up) that the part has of every expert alike."""
+        if len({*self.channels}) > 1:
+            raise UserError("experts of uneven widths in a form that holds them all alike; serve it on one GPU.")
         start, stop = self.channels[0]
         halves = torch.arange(width).view(-1, self.intermediate)
         return halves[:, start:stop].flatten()
@@ -247,3 +250,12 @@ def _latent(form: Latent, factors: Factors, share: Share) -> tuple[Form, Factors
     local = Latent(len(share.experts), share.local_width(form.width), form.hidden, rank=form.rank, inner=inner)
     outer = dict(zip(inner.tensors(), list(local.tensors())[1:], strict=True))
     return local, {"basis": factors["basis"], **{outer[name]: tensor for name, tensor in own.items()}}
+
+
+@share_of.register
+def _residual(form: SparseResidual, factors: Factors, share: Share) -> tuple[Form, Factors]:
+    if len(share.experts) != form.experts:
+        raise UserError("a residual's vector belongs to all experts of its group; serve it tensor parallel.")
+    inner, own = share_of(form.inner, form.inner_factors(factors), share)
+    local = ResidualShare.of(form, inner, share.rows(form.width))
+    return local, local.factors(own, factors["residual"])

@@ -23,6 +23,7 @@ from .grouped import DTYPES, Linear, grouped_hindrance, grouped_linear, looped_l
 from .mixture_in_cache import MixtureInCache
 from .reference import Rebuilt
 from .residual import SparseResidualKernel, WindowResidualKernel
+from .residual_share import ResidualShare, ResidualShareKernel, ZeroKernel
 from .setting import Setting
 from .shared_basis import SharedBasisKernel, SharedPrivateKernel
 
@@ -105,6 +106,10 @@ def _around(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> tup
     return (Way(f"around {inner}", build, _always), REFERENCE)
 
 
+def _share(form: ResidualShare, setting: Setting) -> Kernel:
+    return ResidualShareKernel(form, setting, choose(form.inner, setting), choose(form.whole, setting))
+
+
 REFERENCE = Way("experts rebuilt", Rebuilt, _always)
 KERNELS: dict[str, tuple[Way, ...]] = {
     "dense": _ways(DenseKernel),
@@ -125,6 +130,8 @@ KERNELS: dict[str, tuple[Way, ...]] = {
     "base_plus_delta": _around(BasePlusDeltaKernel, "delta"),
     "sparse_residual": _around(SparseResidualKernel, "inner"),
     "window_residual": _around(WindowResidualKernel, "inner"),
+    "residual_share": (Way("around inner", _share, _always), REFERENCE),
+    "zero": (Way("nothing", ZeroKernel, _always),),
 }
 
 
