@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..experts import ExpertLayer, ExpertWeights
 from ..forms import Ragged
 from ..stats import LayerStats
+
+# Kernels run an expert of any width as atoms of one width, and want tiles: 128 where an expert has PIECES of them or
+# more, 64 from NARROWEST channels on. Below, nothing is rounded.
+ATOMS, PIECES, NARROWEST = (128, 64), 12, 512
+
+
+def width_of_atoms(wanted: int | None, layer: ExpertLayer) -> int:
+    """What the widths of a layer's experts are multiples of: what was asked for, or None for what its kernels like.
+
+    Raises UserError for a multiple that no expert is as wide as.
+    """
+    channels = layer.intermediate
+    if wanted is None:
+        if channels < NARROWEST:
+            return 1
+        most = next((atom for atom in ATOMS if channels >= PIECES * atom), ATOMS[-1])
+        return math.gcd(most, channels)  # an expert that keeps everything is made of whole atoms too
+    if not 1 <= wanted <= channels:
+        raise UserError(
+            f"--width-multiple must be from 1 to the experts' width, {channels} in {layer.name}, found {wanted}."
+        )
+    return wanted
 
 
 def ragged_forms(layer: ExpertLayer, widths: tuple[int, ...]) -> dict[str, Ragged]:
