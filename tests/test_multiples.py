@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import moefactor
 from layers import LAYERS, only, random_stats, random_weights
@@ -19,8 +18,9 @@ from moefactor.allocate import Budget
 from moefactor.errors import UserError
 from moefactor.experts import ExpertWeights
 from moefactor.fitting.channels import width_of_atoms
+from moefactor.fitting.metrics import Cut, Metrics
 from moefactor.forms import BasisMixture, Latent
-from moefactor.methods import METHODS, accepted
+from moefactor.methods import METHODS, accepted, biaxial
 from moefactor.methods.biaxial import mixtures, planning
 from moefactor.methods.biaxial.planning import block_prices, widths_at
 from moefactor.plan import LayerPlan
@@ -65,55 +65,50 @@ def widths_of(plan: LayerPlan) -> tuple[int, ...]:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def channel_prices(draw: st.DrawFn) -> Tensor:
-    """(E, I), ties among them."""
-    experts, channels = draw(st.integers(1, 5)), draw(st.integers(1, 12))
-    values = draw(st.lists(st.integers(0, 30), min_size=experts * channels, max_size=experts * channels))
-    return torch.tensor(values, dtype=torch.float64).view(experts, channels)
+@settings(max_examples=60, deadline=None)
+@given(values=st.lists(st.integers(0, 30), min_size=1, max_size=60), experts=st.integers(1, 5), share=st.floats(0, 1))
+def test_the_cheapest_blocks_go_first(values: list[int], experts: int, share: float) -> None:
+    """Against experts that give up one block after the other, the cheapest on offer taken; ties among them."""
+    count = -(-len(values) // experts)
+    prices = torch.tensor(values + [3] * (experts * count - len(values)), dtype=torch.float64).view(experts, count)
+    prices = prices.sort(dim=1).values
+    widths = widths_at(prices, share, 4)
+    left = prices.tolist()
+    for _ in range(round(share * experts * count)):
+        del min((row for row in left if row), key=lambda row: row[0])[:1]
+    assert sum(widths) == 4 * sum(map(len, left))
+    dearest = [row.topk(width // 4).values.sum() for row, width in zip(prices, widths, strict=True)]
+    assert sum(map(sum, left)) == float(sum(dearest))
 
 
 @settings(max_examples=60, deadline=None)
-@given(prices=channel_prices(), block=st.integers(1, 12), share=st.floats(0, 1))
-def test_the_cheapest_blocks_go_first(prices: Tensor, block: int, share: float) -> None:
-    """Against experts that give up their cheapest channels one block after the other, the cheapest on offer taken."""
-    experts, channels = prices.shape
-    block = min(block, channels)
-    widths = widths_at(prices, share, block)
-    assert all(width % block == 0 for width in widths)
-    left = [sorted(row.tolist())[channels % block :] for row in prices]
-    count = sum(map(len, left)) - sum(widths)
-    for _ in range(count // block):
-        cheapest = min((row for row in left if row), key=lambda row: sum(row[:block]))
-        del cheapest[:block]
-    assert sum(map(sum, left)) == pytest.approx(sum(map(_dearest, prices, widths)))
-    # As much as was asked for, to the nearest block, unless more had to go.
-    gone = experts * channels - sum(widths)
-    assert abs(gone - share * prices.numel()) <= block / 2 + 1e-6 or gone == experts * (channels % block)
+@given(values=st.lists(st.floats(-10, 10), max_size=12))
+def test_what_rises_is_nearest(values: list[float]) -> None:
+    """The minimax formula of isotonic regression: max over starts of the min over ends of the means between."""
+
+    def mean(start: int, end: int) -> float:
+        return sum(values[start : end + 1]) / (end + 1 - start)
+
+    places = range(len(values))
+    expected = [max(min(mean(a, b) for b in places[i:]) for a in places[: i + 1]) for i in places]
+    assert planning._rising(values) == pytest.approx(expected, abs=1e-9)
 
 
-def _dearest(prices: Tensor, width: int) -> float:
-    return float(prices.topk(width).values.sum())
-
-
-@settings(max_examples=40, deadline=None)
-@given(prices=channel_prices(), block=st.integers(1, 12))
-def test_blocks_rise_and_add_up(prices: Tensor, block: int) -> None:
-    block = min(block, prices.shape[1])
-    blocks = block_prices(prices, block)
-    whole = prices.shape[1] // block
-    assert blocks.shape == (len(prices), whole)
+@pytest.mark.parametrize("block", [4, 5, 16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_block_costs_what_the_refitted_expert_loses(kind: str, block: int) -> None:
+    """All of an expert's blocks together, all that it gives; each, no less than one that goes before it."""
+    weights = random_weights(LAYERS[kind])
+    metrics = Metrics(weights, only(random_stats(weights), biaxial.NEEDS), 0.3)
+    prices = metrics.prices()
+    blocks = block_prices(metrics, metrics, prices, block)
+    assert blocks.shape == (8, 16 // block)
     assert (blocks.diff(dim=1) >= 0).all()
-    assert blocks.sum(1).tolist() == pytest.approx([_dearest(row, whole * block) for row in prices])
-
-
-@settings(max_examples=40, deadline=None)
-@given(prices=channel_prices(), share=st.floats(0, 1))
-def test_blocks_of_one_are_channels(prices: Tensor, share: float) -> None:
-    every = prices.flatten()
-    kept = torch.ones(len(every), dtype=torch.bool)
-    kept[every.argsort(stable=True)[: round(share * len(every))]] = False
-    assert widths_at(prices, share) == kept.view_as(prices).sum(1).tolist()
+    start = Cut.of(metrics, prices, [16 - 16 % block] * 8)
+    for expert, down in enumerate(weights.down):
+        spare = metrics.down_cost(expert, start.down_change(expert, start.down[expert]))
+        assert float(blocks[expert].sum()) == pytest.approx(metrics.down_cost(expert, down.T.double()) - spare)
+    assert torch.equal(block_prices(metrics, metrics, prices, 1), prices)
 
 
 @pytest.mark.parametrize(

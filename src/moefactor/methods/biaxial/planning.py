@@ -5,8 +5,8 @@ candidates left, (loss, parameters, rank, bases). A price of a parameter (a Lagr
 candidates in every layer alone; bisection finds the price at which the budget is met. What remains is spent on better
 candidates, then on channels bought back.
 
-Channels go, and come back, in blocks of one expert, those that it gives up one after the other; a block's price is the
-sum of theirs. An expert whose last block goes gives nothing.
+Channels go, and come back, in blocks of one expert, in the order in which it gives them up. An expert whose last block
+goes gives nothing.
 
 The loss of channels and of one basis is in closed form; that of a mixture is foretold (biaxial_mixture.py).
 """
@@ -75,8 +75,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What a layer can become: its rows, what each channel costs when it goes alone, (E, I), and how many go at
-    once."""
+    """What a layer can become: its rows, and the block_prices of its channels, of `block` each."""
 
     layer: ExpertLayer
     rows: list[Row]
@@ -140,7 +139,7 @@ def _buy_channels(
             halves.get(stack, len(layer.projections) - 1) * (candidate.rank or layer.hidden)
             for stack, candidate in stacks.items()
         )
-        for prices, width in zip(block_prices(table.prices, block).flip(1), row.widths, strict=True):
+        for prices, width in zip(table.prices.sort(dim=1, descending=True).values, row.widths, strict=True):
             gone = prices[width // block :]
             lost = torch.cat((prices.new_zeros(1), gone.flip(0).cumsum(0))).flip(0)
             slots.append(Slot(each * block * torch.arange(len(lost), dtype=torch.float64), lost.double()))
@@ -182,9 +181,10 @@ def layer_table(
     """
     layer = fitted.layer
     prices, energy = fitted.prices(), believed.first_energy()
+    blocks = block_prices(fitted, believed, prices, block)
 
     def cut_at(share: float) -> Cut:
-        return Cut.of(fitted, prices, widths_at(prices, share, block))
+        return Cut.of(fitted, prices, widths_at(blocks, share, block))
 
     foretold: dict[Side, MixturePrices] = {}
     if form in MIXING and layer.experts >= LEAST_EXPERTS:
@@ -209,24 +209,45 @@ def layer_table(
         if latent:
             offers = {BOTH: _of_one_rank(*offers.values())}
         rows.append(Row(widths, removed, {stack: _front(candidates) for stack, candidates in offers.items()}))
-    return Table(layer, rows, prices.cpu(), block)
+    return Table(layer, rows, blocks.cpu(), block)
 
 
-def block_prices(prices: Tensor, block: int) -> Tensor:
-    """(E, I // block), rising: what an expert's channels (E, I) cost in the blocks that it gives them up in, the
-    cheapest first. Those that make no whole block go before all others."""
-    rising = prices.sort(dim=1).values[:, prices.shape[1] % block :]
-    return rising.unflatten(1, (-1, block)).sum(2)
+def block_prices(fitted: Metrics, believed: Metrics, prices: Tensor, block: int) -> Tensor:
+    """(E, I // block): what each expert's blocks of channels cost. Channels that make no whole block go whatever comes.
+
+    Blocks of one by the channels' own `prices`, (E, I). Larger ones by what the expert loses from one to the next, down
+    refitted each time, for channels of one expert agree and cost more together than one by one, the last ones most of
+    all; no block costs less than one that goes before it.
+    """
+    experts, channels = prices.shape
+    if block == 1:
+        return prices
+    lost = []
+    for width in range(channels - channels % block, -1, -block):
+        cut = Cut.of(fitted, prices, [width] * experts)
+        lost.append([believed.down_cost(e, cut.down_change(e, rows)) for e, rows in enumerate(cut.down)])
+    steps = torch.tensor(lost, dtype=torch.float64).diff(dim=0).T
+    return torch.tensor([_rising(row) for row in steps.tolist()], dtype=torch.float64, device=prices.device)
+
+
+def _rising(values: list[float]) -> list[float]:
+    """The nearest values that do not fall: pool adjacent violators."""
+    pools: list[tuple[float, int]] = []  # mean, size
+    for mean in values:
+        size = 1
+        while pools and pools[-1][0] > mean:
+            before, count = pools.pop()
+            mean, size = (mean * size + before * count) / (size + count), size + count
+        pools.append((mean, size))
+    return [mean for mean, size in pools for _ in range(size)]
 
 
 def widths_at(prices: Tensor, share: float, block: int = 1) -> list[int]:
-    """Channels that each expert keeps when the cheapest `share` of the layer's goes, in blocks of one expert."""
-    blocks = block_prices(prices, block)
-    every = blocks.flatten()
-    spare = len(prices) * (prices.shape[1] % block)  # gone already
+    """Channels that each expert keeps when the cheapest `share` of the layer's blocks goes.  prices: block_prices."""
+    every = prices.flatten()
     gone = torch.zeros(len(every), dtype=torch.bool, device=every.device)
-    gone[every.argsort(stable=True)[: max(0, round((share * prices.numel() - spare) / block))]] = True
-    return (block * (~gone).view_as(blocks).sum(1)).tolist()
+    gone[every.argsort(stable=True)[: round(share * len(every))]] = True
+    return (block * (~gone).view_as(prices).sum(1)).tolist()
 
 
 def _down_costs(believed: Metrics, cut: Cut) -> tuple[float, float]:
