@@ -4,7 +4,8 @@ Along the *intermediate* axis, private to an expert, channels are taken out; alo
 share, bases are kept. What a channel or a direction costs is the loss's second-order rise (fitting/metrics.py); how
 much to spend on which, over all layers, is a search over tables of candidates (planning.py). Three forms:
 
-- `fast`: one linear basis a layer and projection. Nothing is rebuilt at run time.
+- `fast`: one linear basis a layer and projection. Nothing is rebuilt at run time. With `latent` gate and up's and
+  down's have one rank, and the layer is a latent MoE: H -> r, experts of hidden size r, r -> H.
 - `linear`: where it pays, a mixture of bases, Ŵ_e = A_e · Σ_j α_ej B_j. Each basis works on a token once; nothing is
   rebuilt either.
 - `tight`: where it pays, a mixture of bases, Ŵ_e = A_e · silu(Σ_j α_ej B_j), gate and up behind one; α is free. The
@@ -62,8 +63,7 @@ def price(
             without text BLIND_CHANNELS.
         width_multiple: experts' widths are multiples of this, 0 among them; None for what kernels like
             (fitting.channels.width_of_atoms).
-        latent: one rank for gate and up's basis and down's, of `fast` alone: the layer is a latent MoE, H -> r,
-            experts of hidden size r, r -> H.
+        latent: one rank for both bases of a layer, or none; of `fast` alone.
     """
     if latent and form != "fast":
         raise UserError(f"biaxial: --latent is of --form fast, whose bases are linear; found --form {form}.")
