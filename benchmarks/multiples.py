@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--rows", nargs="+", default=["fast", "channels"], help="a row matches by its beginning")
+    parser.add_argument("--rows", nargs="+", default=["fast", "channels"], help="or how rows begin")
     parser.add_argument("--ratios", default="0.2,0.4,0.6")
     parser.add_argument("--calibrations", default="like,unlike")
     parser.add_argument("--samples", type=int, default=256)
@@ -61,23 +61,25 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     how = f"{arguments.samples} samples, {arguments.windows} windows"
-    dense = results.setdefault(f"dense, {how}", measure(arguments.model, arguments.data, arguments.windows))
+    if f"dense, {how}" not in results:
+        results[f"dense, {how}"] = measure(arguments.model, arguments.data, arguments.windows)
+    dense = results[f"dense, {how}"]
     header = f"{'':38}{'ratio':>6}{'text':>10}{'kept':>9}" + "".join(f"{t:>10}" for t in TEXTS)
     print(header + f"{'× dense':>9}{'planned':>9}{'seconds':>9}")
-    chosen = tuple(arguments.rows)
+    every = {label: (*METHODS[name], added) for name in METHODS for label, added in rows_of(name).items()}
+    exact, beginnings = set(arguments.rows) & set(every), tuple(set(arguments.rows) - set(every))
     with tempfile.TemporaryDirectory() as folder:
         for text in arguments.calibrations.split(","):
-            for name, (method, options) in METHODS.items():
-                for label, added in rows_of(name).items():
-                    if not label.startswith(chosen):
-                        continue
-                    for ratio in map(float, arguments.ratios.split(",")):
-                        key = f"{label}/{ratio}/{text}/{how}" + ("/unrefined" if arguments.unrefined else "")
-                        if key not in results:
-                            calibrated = calibrated_once(Path(folder) / f"{method}-{text}", method, text, arguments)
-                            results[key] = run_row(calibrated, method, options | added, ratio, text, arguments)
-                            arguments.output.write_text(json.dumps(results, indent=1))
-                        print(line(label, ratio, text, results[key], dense), flush=True)
+            for label, (method, options, added) in every.items():
+                if label not in exact and not label.startswith(beginnings):
+                    continue
+                for ratio in map(float, arguments.ratios.split(",")):
+                    key = f"{label}/{ratio}/{text}/{how}" + ("/unrefined" if arguments.unrefined else "")
+                    if key not in results:
+                        calibrated = calibrated_once(Path(folder) / f"{method}-{text}", method, text, arguments)
+                        results[key] = run_row(calibrated, method, options | added, ratio, text, arguments)
+                        arguments.output.write_text(json.dumps(results, indent=1))
+                    print(line(label, ratio, text, results[key], dense), flush=True)
 
 
 def source_of(text: str, arguments: argparse.Namespace) -> dict:
