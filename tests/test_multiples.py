@@ -108,12 +108,20 @@ def test_a_block_costs_what_the_refitted_expert_loses(kind: str, block: int) -> 
     for expert, down in enumerate(weights.down):
         spare = metrics.down_cost(expert, start.down_change(expert, start.down[expert]))
         assert float(blocks[expert].sum()) == pytest.approx(metrics.down_cost(expert, down.T.double()) - spare)
-    assert torch.equal(block_prices(metrics, metrics, prices, 1), prices)
+    assert torch.equal(block_prices(metrics, metrics, prices, 1), prices.sort(dim=1).values)
+
+
+def test_without_a_text_a_block_costs_what_its_channels_do() -> None:
+    metrics = Metrics(random_weights(), None, 0.0)
+    prices = metrics.prices()
+    blocks = block_prices(metrics, metrics, prices, 5)
+    expected = [[sum(sorted(row)[start : start + 5]) for start in (1, 6, 11)] for row in prices.tolist()]
+    torch.testing.assert_close(blocks, torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     ("channels", "multiple"),
-    [(48, 1), (384, 1), (512, 64), (768, 64), (1408, 64), (1536, 128), (2048, 128), (2880, 64), (14336, 128), (520, 8)],
+    [(48, 1), (384, 1), (512, 64), (704, 64), (768, 128), (1408, 128), (2048, 128), (2880, 64), (14336, 128), (520, 8)],
 )
 def test_the_multiple_that_nobody_asked_for(channels: int, multiple: int) -> None:
     """Divides the width, so that an expert that keeps everything is whole atoms too."""

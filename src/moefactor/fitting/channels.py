@@ -12,9 +12,10 @@ from ..experts import ExpertLayer, ExpertWeights
 from ..forms import Ragged
 from ..stats import LayerStats
 
-# Kernels run an expert of any width as atoms of one width, and want tiles: 128 where an expert has PIECES of them or
-# more, 64 from NARROWEST channels on. Below, nothing is rounded.
-ATOMS, PIECES, NARROWEST = (128, 64), 12, 512
+# Kernels run an expert of any width as atoms of one width, which are to be tiles of theirs, and quantised ones go by
+# blocks of 128. Multiples of a sixth of the width cost nothing that can be measured (benchmarks/multiples.py), so that
+# is 128 from 768 channels on, 64 from 512. Narrower experts are not rounded.
+ATOMS = {768: 128, 512: 64}
 
 
 def width_of_atoms(wanted: int | None, layer: ExpertLayer) -> int:
@@ -24,10 +25,8 @@ def width_of_atoms(wanted: int | None, layer: ExpertLayer) -> int:
     """
     channels = layer.intermediate
     if wanted is None:
-        if channels < NARROWEST:
-            return 1
-        most = next((atom for atom in ATOMS if channels >= PIECES * atom), ATOMS[-1])
-        return math.gcd(most, channels)  # an expert that keeps everything is made of whole atoms too
+        atom = next((atom for narrowest, atom in ATOMS.items() if channels >= narrowest), 1)
+        return math.gcd(atom, channels)  # an expert that keeps everything is made of whole atoms too
     if not 1 <= wanted <= channels:
         raise UserError(
             f"--width-multiple must be from 1 to the experts' width, {channels} in {layer.name}, found {wanted}."

@@ -213,15 +213,16 @@ def layer_table(
 
 
 def block_prices(fitted: Metrics, believed: Metrics, prices: Tensor, block: int) -> Tensor:
-    """(E, I // block): what each expert's blocks of channels cost. Channels that make no whole block go whatever comes.
+    """(E, I // block), rising: what each expert's blocks of channels cost, in the order in which they go. Channels that
+    make no whole block go whatever comes.
 
-    Blocks of one by the channels' own `prices`, (E, I). Larger ones by what the expert loses from one to the next, down
-    refitted each time, for channels of one expert agree and cost more together than one by one, the last ones most of
-    all; no block costs less than one that goes before it.
+    By what the expert loses from one to the next, down refitted each time: channels of one expert agree, and cost more
+    together than one by one, the last ones most of all. Blocks of one by the channels' own `prices` (E, I), since that
+    would be a refit a channel; and without a text all blocks, since down's error alone knows nothing of gate and up.
     """
     experts, channels = prices.shape
-    if block == 1:
-        return prices
+    if block == 1 or believed.stats is None:
+        return prices.sort(dim=1).values[:, channels % block :].unflatten(1, (-1, block)).sum(2)
     lost = []
     for width in range(channels - channels % block, -1, -block):
         cut = Cut.of(fitted, prices, [width] * experts)
