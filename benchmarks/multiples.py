@@ -5,8 +5,8 @@
     python benchmarks/multiples.py --unrefined                  quick: layers from their statistics alone, not refined
 
 The reference model's experts are 48 channels wide: 4, 8 and 16 of them are to it what 64, 128 and 256 are to the 768 of
-Qwen3-30B, whose default is 128. Columns as in quality.py; every row of a text has the same calibration. Prints a table as it goes and writes
-JSON (default results/multiples.json); rows already there are not run again.
+Qwen3-30B, whose default is 128. Columns as in quality.py; every row of a text has the same calibration. Prints a table
+as it goes and writes JSON (default results/multiples.json); rows already there are not run again.
 """
 
 from __future__ import annotations
