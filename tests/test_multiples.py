@@ -18,9 +18,8 @@ from moefactor.allocate import Budget
 from moefactor.errors import UserError
 from moefactor.experts import ExpertWeights
 from moefactor.fitting.channels import width_of_atoms
-from moefactor.fitting.metrics import Cut, Metrics
 from moefactor.forms import BasisMixture, Latent
-from moefactor.methods import METHODS, accepted, biaxial
+from moefactor.methods import METHODS, accepted
 from moefactor.methods.biaxial import mixtures, planning
 from moefactor.methods.biaxial.planning import block_prices, widths_at
 from moefactor.plan import LayerPlan
@@ -82,41 +81,16 @@ def test_the_cheapest_blocks_go_first(values: list[int], experts: int, share: fl
 
 
 @settings(max_examples=60, deadline=None)
-@given(values=st.lists(st.floats(-10, 10), max_size=12))
-def test_what_rises_is_nearest(values: list[float]) -> None:
-    """The minimax formula of isotonic regression: max over starts of the min over ends of the means between."""
-
-    def mean(start: int, end: int) -> float:
-        return sum(values[start : end + 1]) / (end + 1 - start)
-
-    places = range(len(values))
-    expected = [max(min(mean(a, b) for b in places[i:]) for a in places[: i + 1]) for i in places]
-    assert planning._rising(values) == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("block", [4, 5, 16])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_a_block_costs_what_the_refitted_expert_loses(kind: str, block: int) -> None:
-    """All of an expert's blocks together, all that it gives; each, no less than one that goes before it."""
-    weights = random_weights(LAYERS[kind])
-    metrics = Metrics(weights, only(random_stats(weights), biaxial.NEEDS), 0.3)
-    prices = metrics.prices()
-    blocks = block_prices(metrics, metrics, prices, block)
-    assert blocks.shape == (8, 16 // block)
-    assert (blocks.diff(dim=1) >= 0).all()
-    start = Cut.of(metrics, prices, [16 - 16 % block] * 8)
-    for expert, down in enumerate(weights.down):
-        spare = metrics.down_cost(expert, start.down_change(expert, start.down[expert]))
-        assert float(blocks[expert].sum()) == pytest.approx(metrics.down_cost(expert, down.T.double()) - spare)
-    assert torch.equal(block_prices(metrics, metrics, prices, 1), prices.sort(dim=1).values)
-
-
-def test_without_a_text_a_block_costs_what_its_channels_do() -> None:
-    metrics = Metrics(random_weights(), None, 0.0)
-    prices = metrics.prices()
-    blocks = block_prices(metrics, metrics, prices, 5)
-    expected = [[sum(sorted(row)[start : start + 5]) for start in (1, 6, 11)] for row in prices.tolist()]
-    torch.testing.assert_close(blocks, torch.tensor(expected, dtype=torch.float64))
+@given(
+    experts=st.lists(st.lists(st.integers(0, 30), min_size=7, max_size=7), min_size=1, max_size=4),
+    block=st.integers(1, 7),
+)
+def test_a_block_costs_what_its_channels_do(experts: list[list[int]], block: int) -> None:
+    """In the order in which an expert gives them up, the cheapest first; what makes no whole block goes before all."""
+    found = block_prices(torch.tensor(experts, dtype=torch.float64), block)
+    starts = range(7 % block, 7, block)
+    assert found.tolist() == [[sum(sorted(row)[start : start + block]) for start in starts] for row in experts]
+    assert (found.diff(dim=1) >= 0).all()
 
 
 @pytest.mark.parametrize(
