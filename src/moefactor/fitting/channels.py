@@ -13,7 +13,7 @@ from ..forms import Ragged
 from ..stats import LayerStats
 
 # Kernels run an expert of any width as atoms of one width, which are to be tiles of theirs, and quantised ones go by
-# blocks of 128. Multiples of a sixth of the width cost nothing that can be measured (benchmarks/multiples.py), so that
+# blocks of 128. Multiples of a sixth of the width are within the noise between texts (benchmarks/multiples.py), so that
 # is 128 from 768 channels on, 64 from 512. Narrower experts are not rounded.
 ATOMS = {768: 128, 512: 64}
 
