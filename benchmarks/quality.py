@@ -120,9 +120,9 @@ PARTS = {
 TABLES = {"methods": METHODS, "ablation": ABLATION, "options": OPTIONS, "parts": PARTS}
 
 
-def measure(model: Path | str, data: Path) -> dict:
+def measure(model: Path | str, data: Path, windows: int = 96) -> dict:
     result = moefactor.evaluate(
-        str(model), [str(data / file) for file in TEXTS.values()], window=256, max_windows=96, dtype="float32"
+        str(model), [str(data / file) for file in TEXTS.values()], window=256, max_windows=windows, dtype="float32"
     )
     values = list(result.perplexity.values())
     perplexity = dict(zip(TEXTS, values, strict=True))

@@ -230,7 +230,7 @@ def test_uniform_keeps_the_same_fraction_where_prices_fall() -> None:
 def equal_layers(prices: list[int], maximum: int, *, fixed: int = 0, minimum: int = 1) -> list[LayerOffers]:
     return [
         LayerOffers(
-            LAYER, fixed, (Offer("experts", price, maximum, price * maximum, minimum=minimum, in_blocks=False),), {},
+            LAYER, fixed, (Offer("experts", price, maximum, price * maximum, minimum=minimum, block=1),), {},
             equal=True,
         )
         for price in prices
@@ -280,10 +280,10 @@ def test_loss_needs_gains_to_go_by() -> None:
 # -- blocks that do not fit, and blocks that nothing comes in ----------------------------------------------------------
 
 
-def ranks_of(budget: Budget, *, in_blocks: bool = True) -> list[int]:
+def ranks_of(budget: Budget, *, block: int | None = None) -> list[int]:
     """What two groups of a shared basis get, 10 parameters a rank."""
     form = SharedBasis(10, 40, 50, groups=((0, 1, 2, 3, 4), (5, 6, 7, 8, 9)), ranks=(1, 1))
-    offers = tuple(replace(offer(10, 40), in_blocks=in_blocks) for _ in form.groups)
+    offers = tuple(replace(offer(10, 40), block=block) for _ in form.groups)
     planned = plan_offers([LayerOffers(LAYER, 0, offers, {"up": form})], budget, own_rule="uniform")
     return list(planned.layers[0].forms["up"].ranks)
 
@@ -293,7 +293,7 @@ def test_a_multiple_that_was_asked_for_is_obeyed_or_refused() -> None:
     with pytest.raises(TooSmall, match="in multiples of 8"):
         ranks_of(Budget(100, 0.5, multiple=8))
     with pytest.raises(UserError, match="leave it out"):
-        ranks_of(Budget(500, 0.5, multiple=8), in_blocks=False)
+        ranks_of(Budget(500, 0.5, multiple=8), block=1)
 
 
 def test_a_multiple_that_nobody_asked_for_gives_way() -> None:

@@ -233,6 +233,14 @@ def test_wrong_options_of_a_method(arguments: tuple, message: str, source: Path,
     assert message in compress(source, *arguments, method="rfid")
 
 
+@pytest.mark.parametrize("multiple", [0, -8, 1000])
+@pytest.mark.parametrize("method", ["biaxial", "channels"])
+def test_a_multiple_that_no_width_has(method: str, multiple: int, source: Path, compress: Callable) -> None:
+    message = compress(source, "--width-multiple", multiple, "--own-text", 0, method=method)
+    assert "--width-multiple must be from 1 to the experts' width, " in message
+    assert f"found {multiple}" in message
+
+
 def test_an_output_that_exists(source: Path, command: Callable, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
@@ -269,8 +277,9 @@ def test_text_that_is_not_there(source: Path, tmp_path: Path, compress: Callable
         ("svd", ("--seqlen", 16), "leave --seqlen out"),
         ("svd", ("--own-text", 0.5), "leave --own-text out"),
         ("biaxial", ("--own-text", 0, "--allocation", "loss"), "in its own way and takes no --allocation"),
-        ("reap", ("--rank-multiple", 4), "--rank-multiple: what this method buys (bases, experts) comes one by one"),
+        ("reap", ("--rank-multiple", 4), "--rank-multiple: what this method buys are no ranks"),
         ("mobe", ("--ratio", 0.05, "--rank-multiple", 4), "--rank-multiple: what this method buys"),
+        ("channels", ("--rank-multiple", 4), "(Channels have --width-multiple.)"),
     ],
 )  # fmt: skip
 def test_options_that_a_method_does_not_read(

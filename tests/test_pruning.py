@@ -24,7 +24,7 @@ from moefactor.evaluation import window_losses
 from moefactor.experts import ExpertWeights
 from moefactor.fitting.metrics import RIDGE
 from moefactor.fitting.stack import Stack
-from moefactor.methods import METHODS, channels
+from moefactor.methods import METHODS, accepted, channels
 from moefactor.methods.reap import best_in_groups, saliency
 from moefactor.plan import Plan
 from moefactor.run_folder import RunFolder
@@ -463,7 +463,7 @@ def test_experts_of_no_width(kind: str, intercept: bool) -> None:
     offers = method.price(weights, stats, None, seed=0, **options)
     for bought in ([0] * 8, [0, 16, 0, 3, 0, 1, 5, 0]):
         plan = method.build(offers, bought)
-        result = method.factorise(weights, stats, plan, seed=0, **options)
+        result = method.factorise(weights, stats, plan, seed=0, **accepted(method.factorise, options))
         assert all(torch.isfinite(tensor).all() for tensor in result.tensors.values())
         assert result.parameter_count() == plan.parameter_count()
         assert 0 <= result.errors["down"] <= 1 + 1e-6

@@ -34,8 +34,8 @@ class Budget:
         parameters: over all layers, what stays whatever is bought included.
         ratio: the removed share that they stand for.
         rule: a name of RULES, or None for the method's own.
-        multiple: ranks and widths come in multiples of this; None for 8 on wide models, 1 on narrow ones, and 1 where
-            the budget is too small for blocks.
+        multiple: ranks come in multiples of this; None for 8 on wide models, 1 on narrow ones, and 1 where the budget
+            is too small for blocks.
     """
 
     parameters: int
@@ -63,7 +63,8 @@ class Offer:
 
     Args:
         stack: the part of the layer it belongs to; `score` splits a stack's budget over the stack's offers.
-        in_blocks: units come in blocks of `multiple`, as ranks and channels do; bases and experts do not.
+        block: units come in multiples of this, None for those of the budget, as ranks do; bases and experts come one
+            by one, channels in multiples of their own.
         unit_cost, curvature: n units cost unit_cost·n − curvature·n² parameters.
         maximum: units beyond which there is nothing to gain.
         share: its original parameters, what `uniform` is proportional to.
@@ -80,7 +81,7 @@ class Offer:
     gains: Tensor | None = None
     minimum: int = 1
     curvature: int = 0
-    in_blocks: bool = True
+    block: int | None = None
 
     def cost(self, units: int) -> int:
         return self.unit_cost * units - self.curvature * units * units
@@ -162,9 +163,10 @@ def plan_offers(
     rule = budget.rule or own_rule
     if rule not in RULES:
         raise unknown("allocation", rule, RULES)
-    blocks = any(offer.in_blocks for layer in priced for offer in layer.offers)
-    if budget.multiple and not blocks:
-        raise UserError("--rank-multiple: what this method buys (bases, experts) comes one by one; leave it out.")
+    if budget.multiple and all(offer.block for layer in priced for offer in layer.offers):
+        raise UserError(
+            "--rank-multiple: what this method buys are no ranks; leave it out. (Channels have --width-multiple.)"
+        )
     multiple = budget.block(priced[0].layer.hidden)
     try:
         bought = spend(priced, budget.parameters, rule, multiple=multiple)
@@ -201,13 +203,13 @@ def spend(layers: list[LayerOffers], budget: int, rule: str, *, multiple: int = 
         rule: `uniform`: every offer keeps the same fraction. `score`: every stack keeps the same fraction, and within
             a stack ranks are proportional to the scores (RFID eq. 9). `loss`: the largest fall of the estimated loss
             for each parameter, over all layers at once.
-        multiple: units are bought in blocks of this many, except where an offer has fewer.
+        multiple: units are bought in blocks of this many, except where an offer has fewer, or a block of its own.
 
     Raises UserError when even the minima exceed the budget.
     """
     offers = [offer for layer in layers for offer in layer.offers]
     available = budget - sum(layer.fixed for layer in layers)
-    block = [min(multiple, o.maximum) if o.in_blocks else 1 for o in offers]
+    block = [o.block or min(multiple, o.maximum) for o in offers]
     low = [max(o.minimum, b) if o.minimum else 0 for o, b in zip(offers, block, strict=True)]
     if _total(offers, low) > available:
         raise _too_small(layers, multiple)

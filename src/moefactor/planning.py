@@ -31,7 +31,7 @@ def make_plan(
         options: complete, see Method.complete.
         ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
         allocation: a rule of allocate.RULES, or None for the method's own.
-        rank_multiple: ranks and widths come in multiples of this; None for 8 on wide models and 1 on narrow ones.
+        rank_multiple: ranks come in multiples of this; None for 8 on wide models and 1 on narrow ones.
     """
     budget = budget_of(model, ratio, allocation, rank_multiple)
     needs = method.needs_to_plan(options, allocation)

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..evaluation import evaluate as evaluate_verb
 from ..inspection import inspect as inspect_verb
 from ..inspection import kernels_of
-from ..methods import available, get
+from ..methods import available, get, kind_of
 from .shared import (
     DTYPES,
     LOOK,
@@ -74,8 +74,8 @@ def methods(
     table = Table("option", "default", "values")
     for option, parameter in method.options.items():
         default = parameter.default
-        shown = ",".join(default) if isinstance(default, tuple) else str(default)
-        kind = parameter.annotation
+        shown = ",".join(default) if isinstance(default, tuple) else "automatic" if default is None else str(default)
+        kind = kind_of(parameter)
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         described = " | ".join(choices) or ("a,b,c" if get_origin(kind) is tuple else kind.__name__)
         table.add_row(f"--{option.replace('_', '-')}", shown, described)

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..experts import ExpertLayer, ExpertWeights
 from ..forms import Ragged
 from ..stats import LayerStats
+
+# Kernels run an expert of any width as atoms of one width, which are to be tiles of theirs, and quantised ones go by
+# blocks of 128. Multiples of a sixth of the width are within the noise between texts (benchmarks/multiples.py), so that
+# is 128 from 768 channels on, 64 from 512. Narrower experts are not rounded.
+ATOMS = {768: 128, 512: 64}
+
+
+def width_of_atoms(wanted: int | None, layer: ExpertLayer) -> int:
+    """What the widths of a layer's experts are multiples of: what was asked for, or None for what its kernels like.
+
+    Raises UserError for a multiple that no expert is as wide as.
+    """
+    channels = layer.intermediate
+    if wanted is None:
+        atom = next((atom for narrowest, atom in ATOMS.items() if channels >= narrowest), 1)
+        return math.gcd(atom, channels)  # an expert that keeps everything is made of whole atoms too
+    if not 1 <= wanted <= channels:
+        raise UserError(
+            f"--width-multiple must be from 1 to the experts' width, {channels} in {layer.name}, found {wanted}."
+        )
+    return wanted
 
 
 def ragged_forms(layer: ExpertLayer, widths: tuple[int, ...]) -> dict[str, Ragged]:

@@ -12,9 +12,9 @@ from importlib.metadata import entry_points
 
 from ..errors import UserError, unknown
 from . import biaxial, channels, d2moe, mobe, reap, rfid, shared_basis, slbf, svd, whitened_svd
-from .base import Method, accepted
+from .base import Method, accepted, kind_of
 
-__all__ = ["METHODS", "Method", "accepted", "get"]
+__all__ = ["METHODS", "Method", "accepted", "get", "kind_of"]
 
 GROUP = "moefactor.methods"
 METHODS: dict[str, Method] = {

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from ..allocate import LayerOffers, Offer, Planned, by_stacks, plan_offers
@@ -205,6 +206,14 @@ def options_of(*functions: Callable) -> dict[str, inspect.Parameter]:
     return {n: p for n, p in keywords if n != "seed" and p.default is not p.empty}
 
 
+def kind_of(parameter: inspect.Parameter) -> Any:
+    """The type of an option's values; `int | None` is an int that may be left to the method."""
+    kind = parameter.annotation
+    if isinstance(kind, UnionType):
+        (kind,) = (member for member in get_args(kind) if member is not NoneType)
+    return kind
+
+
 def _check_projections(layer: ExpertLayer, projections: tuple[str, ...]) -> None:
     for name in projections:
         if name not in ("gate", "up", "down"):
@@ -231,7 +240,9 @@ def _parameter(name: str, annotation: object, default: object) -> inspect.Parame
 
 def _checked(where: str, value: Any, parameter: inspect.Parameter) -> Any:
     """The value in the parameter's type; text from the command line is read, anything unfit raises UserError."""
-    kind = parameter.annotation
+    kind = kind_of(parameter)
+    if value is None and parameter.default is None:
+        return None
     try:
         if get_origin(kind) is tuple:
             parts = value.split(",") if isinstance(value, str) else value

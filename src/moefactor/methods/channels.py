@@ -23,7 +23,7 @@ from torch import Tensor
 from ..allocate import LayerOffers, Offer
 from ..errors import required
 from ..experts import CompressedExperts, ExpertWeights
-from ..fitting.channels import importance, kept_biases, ragged_forms
+from ..fitting.channels import importance, kept_biases, ragged_forms, width_of_atoms
 from ..fitting.metrics import solve_down
 from ..fitting.stack import Stack, relative_error
 from ..plan import LayerPlan
@@ -36,23 +36,26 @@ Ranking = Literal["sum", "mean"]
 
 def offers(
     weights: ExpertWeights, stats: LayerStats, *, seed: int, widths: Widths = "expert", intercept: bool = False,
-    ranking: Ranking = "sum",
+    ranking: Ranking = "sum", width_multiple: int | None = None,
 ) -> LayerOffers:  # fmt: skip
     """`widths`: each expert its own, one for a layer, or one for the model, which gives a standard checkpoint.
 
     `ranking`: by the sum over the calibration tokens, or, as in HEAPr's code, by the mean over the expert's own.
+    `width_multiple`: widths are multiples of this, 0 among them; None for what kernels like of uneven experts
+    (fitting.channels.width_of_atoms), and for the multiple of ranks where experts have one width.
     """
     layer = weights.layer
     price = len(layer.projections) * layer.hidden
-    gains = ranked_by(weights, stats, ranking).sort(dim=1, descending=True).values.cpu()  # (E, I)
+    block = width_of_atoms(width_multiple, layer) if widths == "expert" or width_multiple is not None else None
+    most = layer.intermediate - layer.intermediate % (block or 1)
+    gains = ranked_by(weights, stats, ranking).sort(dim=1, descending=True).values[:, :most].cpu()  # (E, most)
     if widths == "expert":
-        units = [
-            Offer("experts", price, layer.intermediate, price * layer.intermediate, gains=g, minimum=0) for g in gains
-        ]
+        share = price * layer.intermediate
+        units = [Offer("experts", price, most, share, gains=g, minimum=0, block=block) for g in gains]
     else:
         # Every expert's k-th best channel goes together.
         whole = price * layer.experts
-        units = [Offer("experts", whole, layer.intermediate, whole * layer.intermediate, gains=gains.sum(0))]
+        units = [Offer("experts", whole, most, whole * layer.intermediate, gains=gains.sum(0), block=block)]
     fixed = layer.bias_count + (layer.experts * layer.hidden if intercept else 0)
     notes = {"widths": widths, "intercept": intercept}
     return LayerOffers(layer, fixed, tuple(units), {}, equal=widths == "model", notes=notes)

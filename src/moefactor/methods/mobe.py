@@ -52,7 +52,7 @@ def offers(
         unit_cost=expert_groups * rank * hidden + experts,
         maximum=experts // expert_groups,
         share=experts * width * hidden,
-        in_blocks=False,
+        block=1,
     )
     return StackOffers(
         [unit],

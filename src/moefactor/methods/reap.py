@@ -34,7 +34,7 @@ def offers(weights: ExpertWeights, stats: LayerStats, *, seed: int, intercept: b
         layer.parameter_count,
         gains=saliency(stats).sort(descending=True).values.cpu(),
         minimum=1 if intercept else -(-layer.fewest_experts // groups),
-        in_blocks=False,
+        block=1,
     )
 
     notes = {"scores": saliency(stats).tolist(), "groups": groups, "intercept": intercept}

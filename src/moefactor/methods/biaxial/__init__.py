@@ -4,7 +4,8 @@ Along the *intermediate* axis, private to an expert, channels are taken out; alo
 share, bases are kept. What a channel or a direction costs is the loss's second-order rise (fitting/metrics.py); how
 much to spend on which, over all layers, is a search over tables of candidates (planning.py). Three forms:
 
-- `fast`: one linear basis a layer and projection. Nothing is rebuilt at run time.
+- `fast`: one linear basis a layer and projection. Nothing is rebuilt at run time. With `latent` gate and up's and
+  down's have one rank, and the layer is a latent MoE: H -> r, experts of hidden size r, r -> H.
 - `linear`: where it pays, a mixture of bases, Ŵ_e = A_e · Σ_j α_ej B_j. Each basis works on a token once; nothing is
   rebuilt either.
 - `tight`: where it pays, a mixture of bases, Ŵ_e = A_e · silu(Σ_j α_ej B_j), gate and up behind one; α is free. The
@@ -25,7 +26,7 @@ from torch import Tensor
 from ...allocate import Budget
 from ...errors import UserError, located, required
 from ...experts import CompressedExperts, ExpertWeights
-from ...fitting.channels import kept_biases
+from ...fitting.channels import kept_biases, width_of_atoms
 from ...fitting.linalg import weighted_least_squares
 from ...fitting.metrics import Cut, Metrics, relative_first_error, solve_down
 from ...fitting.mixture import mixed
@@ -51,6 +52,7 @@ PROBING_SEED = 0
 def price(
     weights: ExpertWeights, stats: LayerStats | None, budget: Budget, *, seed: int, form: FormName = "fast",
     shrinkage: float = 0.5, doubt: float = -1.0, channel_share: float = -1.0, data_free: bool = False,
+    width_multiple: int | None = None, latent: bool = False,
 ) -> Table:  # fmt: skip
     """What the layer can become, and what each of it is estimated to cost.
 
@@ -59,7 +61,15 @@ def price(
             factorise for `shrinkage`.
         channel_share: share of every layer's channels to take out; negative: the best of a grid, layer by layer, or
             without text BLIND_CHANNELS.
+        width_multiple: experts' widths are multiples of this, 0 among them; None for what kernels like
+            (fitting.channels.width_of_atoms).
+        latent: one rank for both bases of a layer, or none; of `fast` alone.
     """
+    if latent and form != "fast":
+        raise UserError(f"biaxial: --latent is of --form fast, whose bases are linear; found --form {form}.")
+    multiple, hidden = budget.block(weights.layer.hidden), weights.layer.hidden
+    if multiple > hidden:
+        raise UserError(f"--rank-multiple must be at most the hidden size, {hidden}, found {multiple}.")
     if doubt < 0:
         doubt = DOUBT * min(1.0, budget.ratio / DOUBTFUL) ** 2
     if data_free and channel_share < 0:
@@ -69,8 +79,8 @@ def price(
         return layer_table(
             Metrics(weights, seen, _fraction("shrinkage", shrinkage)),
             Metrics(weights, seen, _fraction("doubt", doubt)),
-            SHARES if channel_share < 0 else (channel_share,), form, budget.block(weights.layer.hidden),
-            PROBING_SEED,
+            SHARES if channel_share < 0 else (channel_share,), form, multiple, PROBING_SEED,
+            block=width_of_atoms(width_multiple, weights.layer), latent=latent,
         )  # fmt: skip
 
 
