@@ -88,7 +88,8 @@ class SmallBlock(nn.Module):
             whole = f"{path}.{name}"
             own = whole.startswith(experts) and "." not in whole.removeprefix(experts)
             if own or whole in routers:
-                self.trained[whole] = parameter.requires_grad_()
+                parameter.requires_grad = True
+                self.trained[whole] = parameter
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(n, H) -> (n, H); a block works on each token alone."""

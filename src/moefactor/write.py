@@ -34,8 +34,8 @@ def check_method(model: StreamedModel, method: Method, options: dict, *, drop_mt
     smaller = method.standard(options)
     if smaller == "both" and all(layer.fixed_count and layer.fixed_width for layer in model.experts):
         raise UserError(
-            f"{model.name} ({model.config.model_type}): config.json can say neither that its experts are fewer nor that "
-            "they are narrower, so no ordinary checkpoint holds a smaller one. Use --form fast, linear or tight."
+            f"{model.name} ({model.config.model_type}): config.json can say neither that its experts are fewer nor "
+            "that they are narrower, so no ordinary checkpoint holds them. Use --form fast, linear or tight."
         )
     if smaller == "count" and any(layer.fixed_count for layer in model.experts):
         raise UserError(

@@ -8,7 +8,7 @@ rates are fractions of each tensor's root mean square, since factors differ in s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -140,7 +140,7 @@ def _through(dense: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def improved(
-    trained: dict[str, Tensor], given: Callable[[Tensor], Tensor], wanted_of: Callable[[], Tensor], gradient: Tensor,
+    trained: Mapping[str, Tensor], given: Callable[[Tensor], Tensor], wanted_of: Callable[[], Tensor], gradient: Tensor,
     count: int, *, steps: int, seed: int, rate: float = RATE,
 ) -> tuple[dict[str, Tensor] | None, list[float]]:  # fmt: skip
     """Better values of what is trained, where any are better on the held-out tokens, and the loss before each step.
@@ -178,7 +178,7 @@ def improved(
     before = held_out()
     if not math.isfinite(before):
         raise NotFinite("the error of the layer's output on held-out tokens, before refining")
-    kept = Kept(lambda: trained, before)
+    kept = Kept(lambda: dict(trained), before)
 
     def backward() -> float:
         chosen = seen[torch.randint(len(seen), (min(BATCH, len(seen)),), generator=generator).to(seen.device)]
