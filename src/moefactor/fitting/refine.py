@@ -24,7 +24,7 @@ from .descent import Kept, descend
 RATE = 0.006  # of each tensor's root mean square
 BATCH = 4096  # tokens a step
 PART = 1024  # tokens at a time: what a backward pass keeps of them is the most that refining holds
-HELD_OUT = 16  # one token in so many decides what is kept
+HELD_OUT = 17  # one token in so many decides what is kept: a prime, or they would be the first of every window
 LOOK = 25  # steps between looks at the held-out tokens
 
 
@@ -106,8 +106,9 @@ def refine(
         return module(inputs.float(), index, weight)
 
     state, curve = improved(
-        trained, given, partial(_through, tokens.dense, parts), gradient, len(tokens.inputs), steps=steps, seed=seed
-    )
+        trained, given, partial(_through, tokens.dense, parts), gradient, len(tokens.inputs), steps=steps, seed=seed,
+        rate=RATE,
+    )  # fmt: skip
     if state is None:
         return compressed
     tensors = {name: state.get(name, tensor) for name, tensor in compressed.tensors.items()}
@@ -141,7 +142,7 @@ def _through(dense: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tensor:
 
 def improved(
     trained: Mapping[str, Tensor], given: Callable[[Tensor], Tensor], wanted_of: Callable[[], Tensor], gradient: Tensor,
-    count: int, *, steps: int, seed: int, rate: float = RATE,
+    count: int, *, steps: int, seed: int, rate: float,
 ) -> tuple[dict[str, Tensor] | None, list[float]]:  # fmt: skip
     """Better values of what is trained, where any are better on the held-out tokens, and the loss before each step.
 

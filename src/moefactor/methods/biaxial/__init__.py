@@ -150,7 +150,7 @@ def refit(
     """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py.
 
     Args:
-        refine_steps: negative: 150, and of `standard`, which trains the router with its experts, 400.
+        refine_steps: negative: 150, and of `standard`, which trains the router with its experts, 300.
     """
     if form == "standard":
         gradient = Metrics(weights, stats, _fraction("shrinkage", shrinkage)).pooled_output()
