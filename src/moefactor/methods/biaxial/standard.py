@@ -26,7 +26,7 @@ from ..reap import best_in_groups
 # What an expert that goes costs, over its channels' prices, where a channel that goes from one that stays costs one:
 # after both were trained on the layer's tokens.
 DROPPED = 1.6
-STEPS, RATE = 300, 0.015
+STEPS, RATE = 300, 0.03
 # Widths come in multiples of the largest power of two that leaves this many of them, and WIDEST at most: tiles of
 # matrix kernels, and shards of a tensor-parallel engine, are no wider.
 CHOICES, WIDEST = 6, 128
