@@ -117,9 +117,11 @@ def test_what_cannot_be_is_said() -> None:
     for options, message in (
         ({"width_multiple": 17}, "width_multiple must be from 1 to 16"),
         ({"experts_multiple": 3}, "must divide the model's 8 experts"),
+        ({"channel_share": 0.2}, "channel_share is of the other forms"),
+        ({"form": "fast", "width_multiple": 8}, "are of --form standard"),
     ):
         with pytest.raises(UserError, match=message):
-            biaxial.price(weights, random_stats(weights), of(LAYER, 0.5, 1), seed=0, form="standard", **options)
+            biaxial.price(weights, random_stats(weights), of(LAYER, 0.5, 1), seed=0, **{"form": "standard"} | options)
     with pytest.raises(UserError, match="has no ranks; in place of --rank-multiple"):
         biaxial.price(weights, random_stats(weights), Budget(9000, 0.5, multiple=8), seed=0, form="standard")
 

@@ -14,7 +14,12 @@ much to spend on which, over all layers, is a search over tables of candidates (
 
 Then, on the layer's own tokens: down against the true output of each expert from the compressed expert's activations
 (closed form), and `refine_steps` steps of Adam on all of the layer's factors against the dense layer's output, in the
-norm of the loss gradient there. Nothing else of the model moves, and held-out tokens decide what is kept.
+norm of the loss gradient there. Nothing else of the model moves, and held-out tokens decide what is kept. Of `standard`
+the whole block is trained so, router and all.
+
+`width_multiple` (0: 128 on wide models, less on narrow ones) and `experts_multiple` (the ranks of an expert-parallel
+engine) are of `standard`. A negative `doubt`, `channel_share` or `refine_steps` is chosen: by the ratio, by a
+search, by the form.
 
 `data_free` reads no text: relative errors of the weights stand for the loss.
 """
@@ -70,6 +75,10 @@ def price(
         experts_multiple: of `standard`, what their number comes in multiples of; expert-parallel engines want that of
             their ranks.
     """
+    if form != "standard" and (width_multiple or experts_multiple != 1):
+        raise UserError(f"biaxial: width_multiple and experts_multiple are of --form standard; {form} takes neither.")
+    if form == "standard" and channel_share >= 0:
+        raise UserError("biaxial: channel_share is of the other forms; --form standard has one width, by the budget.")
     if doubt < 0:
         doubt = DOUBT * min(1.0, budget.ratio / DOUBTFUL) ** 2
     if data_free and channel_share < 0:
