@@ -111,10 +111,12 @@ def plan_shapes(tables: list[Shapes], budget: Budget) -> Planned:
     if not fitting:
         whole = sum(table.layer.parameter_count for table in tables)
         reach = math.floor(1000 * (1 - min(costs.values()) / whole)) / 1000
+        layer = first.layer
+        widths = "their width" if layer.fixed_width else f"widths in multiples of {first.width_multiple}"
+        counts = "all experts" if layer.fixed_count else f"experts in multiples of {first.experts_multiple}"
         raise TooSmall(
-            f"biaxial: no ordinary checkpoint is this small; the highest ratio is {reach:.3f} with widths in multiples "
-            f"of {first.width_multiple} and experts in multiples of {first.experts_multiple}, of which "
-            f"{first.layer.fewest_experts} must stay."
+            f"biaxial: no ordinary checkpoint is so small: the highest ratio is {reach:.3f} with {counts} and {widths}"
+            f"; the router needs {layer.fewest_experts}. --form fast, linear and tight go further."
         )
     loss, shape = min((sum(table.best(*shape)[1] for table in tables), shape) for shape in fitting)
     return Planned([table.plan(*shape) for table in tables], loss)
