@@ -69,6 +69,7 @@ METHODS = {
     "biaxial, linear": ("biaxial", {"form": "linear", **GIVEN}),
     "biaxial, tight": ("biaxial", {"form": "tight", **GIVEN}),
     "biaxial, half of the text its own": ("biaxial", {"form": "tight"}),
+    "standard": ("biaxial", {"form": "standard"}),  # half of the text its own, as it is shipped
     "biaxial, tight, data-free": ("biaxial", {"form": "tight", "data_free": True}),
 }
 # Measured once: no calibration text has a part in them.

@@ -680,8 +680,8 @@ CHOICES = {"whole": (NONE, NONE), "basis": (BASIS, BASIS), "linear": (LINEAR, LI
 
 
 def held_out_error(tokens: LayerTokens, compressed: CompressedExperts) -> float:
-    """Of the tokens that refine does not learn from: sixteen of every 256."""
-    held = torch.arange(len(tokens.inputs)) % 256 < 16
+    """Of the tokens that refine does not learn from: sixteen of every 272."""
+    held = torch.arange(len(tokens.inputs)) % 272 < 16
     batch = tokens.inputs[held], tokens.index[held], tokens.weight[held]
     with torch.no_grad():
         return float((tokens.module(compressed.tensors)(*batch) - tokens.dense(*batch)).square().sum())

@@ -25,7 +25,7 @@ VARIANTS: dict[str, list[dict]] = {
     "whitened_svd": [{"joint": True}],
     "shared_basis": [{"groups": 3}, {"whitened": False, "joint": False}],
     "rfid": [{"projections": ("gate", "up", "down"), "joint": True}, {"residual": 0.0, "group_size": 3}],
-    "biaxial": [{"form": "linear"}, {"form": "tight"}, {"data_free": True}],
+    "biaxial": [{"form": "linear"}, {"form": "tight"}, {"form": "standard"}, {"data_free": True}],
 }
 # Why a method with these options may give other experts when the experts come in another order.
 ORDERED: dict[tuple[str, str], str] = {

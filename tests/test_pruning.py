@@ -34,7 +34,7 @@ from moefactor.stats import STATISTICS, LayerStats
 from moefactor.streaming import StreamedModel
 from moefactor.text import load_tokenizer, tokenise
 
-TEXT = Calibration([IDS], {"source": "ids"})
+TEXT = Calibration([IDS], {"source": "ids", "samples": 2, "seqlen": 24})
 # Plain; group-limited, with shared experts and a dense first layer; biases on router and experts.
 DROPPED = ["qwen3_moe", "deepseek_v3", "gpt_oss"]
 
@@ -67,6 +67,8 @@ def everything(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPat
         if kind != "qwen3_moe":
             source = livelier(source, tmp_path_factory.mktemp("livelier") / kind)
         made[kind] = (source, *staged(source, "reap", 0.3, tmp_path_factory.mktemp(kind)))
+        folder = tmp_path_factory.mktemp("standard")
+        made[f"standard {kind}"] = (source, *staged(source, "biaxial", 0.45, folder, form="standard", width_multiple=8))
     for kind in ("qwen3_moe", "gpt_oss"):
         source = tiny_model(kind)
         folder = tmp_path_factory.mktemp("narrow")
@@ -179,6 +181,19 @@ def test_the_checkpoint_is_an_ordinary_smaller_one(kind: str, everything: Staged
         assert routers
         for name in routers:
             assert torch.equal(stored[name], original[name][list(entry.kept)])
+
+
+def test_fewer_and_narrower_at_once(kind: str, everything: Staged, elsewhere: dict[str, Tensor]) -> None:
+    """biaxial's `standard` in a process without moefactor: nothing missing or left over, the same logits."""
+    source, out, plan, _ = everything[f"standard {kind}"]
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
+    experts, width = plan.standard()
+    changed = {k: after.get(k) for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    assert set(changed.values()) <= {experts, width, "eager"}
+    assert changed
+    assert plan.parameter_count() <= 0.55 * plan.original_count
+    here = logits(load(out))
+    torch.testing.assert_close(elsewhere[f"standard {kind}"], here, atol=1e-5 * float(here.abs().max()), rtol=0)
 
 
 def test_groups_keep_equal_numbers(everything: Staged) -> None:

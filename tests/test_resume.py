@@ -80,10 +80,11 @@ METHODS = [
     {"method": "rfid"},
     {"method": "shared_basis"},
     {"method": "biaxial", "form": "tight", "steps": 5, "refine_steps": 3, "samples": 16},
+    {"method": "biaxial", "form": "standard", "refine_steps": 30, "samples": 32},
 ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["method"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: " ".join(map(str, method.values())))
 def test_interrupted_and_started_again_gives_the_same_bytes(
     method: dict, job: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,8 @@ class CompressedExperts:
             `intercept` (n, H) where the plan names experts for it.
         errors: stack name -> ‖W − Ŵ‖² / ‖W‖² in the metric that the method minimised.
         curves: stack name -> a solver's loss after each step.
+        routers: the model's names of router tensors -> what they are now, where experts were trained together with
+            their router, which only an ordinary MoE can hold.
     """
 
     layer: ExpertLayer
@@ -193,6 +195,7 @@ class CompressedExperts:
     tensors: dict[str, Tensor]
     errors: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    routers: dict[str, Tensor] = field(default_factory=dict)
 
     def factors(self, stack: str) -> dict[str, Tensor]:
         prefix = stack + "_"

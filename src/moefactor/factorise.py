@@ -17,6 +17,7 @@ from .fitting.refine import LayerTokens
 from .identity import FACTORS
 from .methods import Method, accepted
 from .observing import layer_tokens, observe, standing_in
+from .ordinary import Smaller, stored_routers
 from .plan import LayerPlan, Plan
 from .progress import Progress, Steps, silent
 from .run_folder import Entry, RunFolder
@@ -104,11 +105,12 @@ class _Job:
         last = max(index for index in range(len(self.plan.layers)) if index not in self.done)
         end = self.model.decoder_layers.index(self.model.experts[last].decoder_layer) + 1
         steps = Steps(progress, STAGE, 2 * end * len(batches))
+        smaller = Smaller(self.model, self.plan) if self.plan.standard() else None
         for decoder_layer in self.model.decoder_layers[:end]:
             index = places.get(decoder_layer)
             with self.model.loaded(decoder_layer):
                 if index is not None and index not in self.done:
-                    steps.detail = self.observe_and_finish(index, activations, needs, steps)
+                    steps.detail = self.observe_and_finish(index, activations, needs, steps, smaller)
                 else:
                     steps.skip(len(batches))
                 if index == last:
@@ -116,10 +118,12 @@ class _Job:
                 if index is None:
                     self.model.run(decoder_layer, activations, tick=steps.tick)
                     continue
-                with standing_in(self.model, self.plan.layers[index], self.run.layer(index)):
+                with standing_in(self.model, self.plan.layers[index], self.run.layer(index), smaller):
                     self.model.run(decoder_layer, activations, tick=steps.tick)
 
-    def observe_and_finish(self, index: int, activations: Activations, needs: set[str], steps: Steps) -> str:
+    def observe_and_finish(
+        self, index: int, activations: Activations, needs: set[str], steps: Steps, smaller: Smaller | None
+    ) -> str:
         layer = self.plan.layers[index].layer
         gradients = needs & GRADIENTS
         found = observe(self.model, layer.decoder_layer, activations, needs - gradients, keep=False, tick=steps.tick)
@@ -132,7 +136,7 @@ class _Job:
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
         look = None
         if self.method.refit is not None:
-            look = partial(layer_tokens, self.model, self.plan.layers[index], weights, activations)
+            look = partial(layer_tokens, self.model, self.plan.layers[index], weights, activations, smaller)
         return self.finish(index, weights, stats, look)
 
     def finish(
@@ -153,7 +157,8 @@ class _Job:
                 compressed = refit(weights, stats, compressed, look(), layer_plan, seed=seed, **options)
                 check_factors(compressed)
         check_made(compressed, layer_plan, self.method)
-        sha256 = self.run.write_layer(index, named(name, compressed.tensors, self.model.stored_dtype))
+        stored = named(name, compressed.tensors, self.model.stored_dtype)
+        sha256 = self.run.write_layer(index, stored | stored_routers(self.model, compressed.routers))
         seconds = round(time.perf_counter() - started, 3)
         curves = {stack: _thinned(curve) for stack, curve in compressed.curves.items()}
         self.done[index] = Entry(sha256, compressed.errors, seconds, curves)

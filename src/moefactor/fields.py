@@ -48,7 +48,7 @@ def find_fields(config: PretrainedConfig, data: dict, layers: list[ExpertLayer])
         config, data: as read, and the JSON behind it.
     """
     with _without_warnings():
-        skeleton = _skeleton(config, data)
+        skeleton = skeleton_of(config, data)
         before = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
         counts, routers = _first_that_fits("count", config, data, layers, before)
         widths, _ = _first_that_fits("width", config, data, layers, before)
@@ -69,7 +69,7 @@ def routers(model: PreTrainedModel) -> list[str]:
     """The router parameters of a loaded model, its experts dense or compressed; not those that take no gradient (a
     correction that only chooses experts is a parameter in some models, a buffer in others)."""
     config = model.config.to_dict()
-    skeleton = _skeleton(model.config, config)
+    skeleton = skeleton_of(model.config, config)
     layers = find_experts(skeleton, type(model).__name__)
     trained = {name for name, parameter in skeleton.named_parameters() if parameter.requires_grad}
     every = [name for layer in find_fields(model.config, config, layers)[1] for name, _ in layer.router]
@@ -87,14 +87,15 @@ def _block(layer: ExpertLayer) -> str:
     return layer.name.rpartition(".")[0] + "."
 
 
-def _skeleton(config: PretrainedConfig, data: dict) -> PreTrainedModel:
+def skeleton_of(config: PretrainedConfig, data: dict) -> PreTrainedModel:
+    """The model that config.json would give, `data` in its place."""
     # Code of the repository's own has been trusted, or the model would not be open.
     return build_skeleton(_config_of(config, data), "config.json", trust_remote_code=True)
 
 
 def shapes(config: PretrainedConfig, data: dict) -> Shapes:
     """Name -> shape of every tensor of the model that config.json would give."""
-    return {name: tuple(t.shape) for name, t in _skeleton(config, data).state_dict().items()}
+    return {name: tuple(t.shape) for name, t in skeleton_of(config, data).state_dict().items()}
 
 
 @contextmanager

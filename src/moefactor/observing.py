@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .errors import located, required
 from .experts import ExpertLayer, ExpertWeights
-from .fitting.refine import LayerTokens
+from .fitting.refine import BlockTokens, LayerTokens
+from .ordinary import SmallBlock, Smaller, block_of, block_output
 from .plan import LayerPlan
 from .runtime.module import FactorisedExperts
 from .stats import LayerStats
@@ -83,9 +85,13 @@ def _add_fisher(layer: ExpertLayer, module: nn.Module, stats: LayerStats) -> Non
 
 
 def layer_tokens(
-    model: StreamedModel, layer_plan: LayerPlan, weights: ExpertWeights, activations: Activations
+    model: StreamedModel, layer_plan: LayerPlan, weights: ExpertWeights, activations: Activations,
+    smaller: Smaller | None = None,
 ) -> LayerTokens:  # fmt: skip
-    """Runs the loaded dense layer once more and keeps what its experts are given, MOST_TOKENS at most."""
+    """Runs the loaded dense layer once more and keeps what its experts are given, MOST_TOKENS at most.
+
+    smaller: where the result is an ordinary MoE; then what the MoE block is given, too.
+    """
     layer = layer_plan.layer
     module = model.model.get_submodule(layer.name)
     calls: list[tuple[Tensor, ...]] = []
@@ -96,10 +102,12 @@ def layer_tokens(
         calls.append(tuple(part[::step].clone() for part in parts))
 
     vars(module)["witness"] = note
+    entering = _Entering(model, layer, step)
     try:
         model.run(layer.decoder_layer, activations, keep=False)
     finally:
         del vars(module)["witness"]
+        entering.end()
     experts = FactorisedExperts.replacing(module, layer_plan)
 
     def expert(number: int, x: Tensor) -> Tensor:
@@ -119,13 +127,57 @@ def layer_tokens(
         return built
 
     inputs, chosen, weight = (torch.cat(parts) for parts in zip(*calls, strict=True))
-    return LayerTokens(layer, inputs, chosen, weight, module, expert, experts.activate, compressed)
+    block = None
+    if smaller is not None and entering.states is not None:
+        dense = model.model.get_submodule(layer.decoder_layer)
+
+        def small(tensors: dict[str, Tensor]) -> SmallBlock:
+            named = {f"{layer.name}.{name}": tensor for name, tensor in tensors.items()}
+            return SmallBlock(layer_plan, smaller.decoder_layer(layer_plan, dense, named))
+
+        block = BlockTokens(torch.cat(entering.states), partial(block_output, entering.block), small)
+    return LayerTokens(layer, inputs, chosen, weight, module, expert, experts.activate, compressed, block)
+
+
+class _Entering:
+    """Keeps what enters a layer's MoE block, every `step`-th token; nothing (None) of one that takes more than states,
+    or that is the decoder layer itself."""
+
+    def __init__(self, model: StreamedModel, layer: ExpertLayer, step: int):
+        self.block, self.step = model.model.get_submodule(block_of(layer)), step
+        self.states: list[Tensor] | None = None if block_of(layer) == layer.decoder_layer else []
+        self._hook = self.block.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
+        if len(given) != 1 or not isinstance(given[0], Tensor):
+            self.states = None
+        if self.states is not None:
+            self.states.append(given[0].detach().flatten(0, -2)[:: self.step].clone())
+
+    def end(self) -> None:
+        self._hook.remove()
 
 
 @contextmanager
-def standing_in(model: StreamedModel, layer_plan: LayerPlan, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """A loaded decoder layer with factors in place of its experts; `tensors` by their names in the checkpoint."""
+def standing_in(
+    model: StreamedModel, layer_plan: LayerPlan, tensors: dict[str, Tensor], smaller: Smaller | None = None
+) -> Iterator[None]:
+    """A loaded decoder layer with factors in place of its experts, or, where the result is an ordinary MoE, the smaller
+    model's decoder layer in its place; `tensors` by their names in the journal."""
     layer = layer_plan.layer
+    if smaller is not None:
+        path, _, number = layer.decoder_layer.rpartition(".")
+        layers = model.model.get_submodule(path)
+        assert isinstance(layers, nn.ModuleList)  # as discover.decoder_layers saw
+        dense = layers[int(number)]
+        layers[int(number)] = smaller.decoder_layer(layer_plan, dense, tensors)
+        try:
+            with located(layer.name):
+                yield
+        finally:
+            layers[int(number)] = dense
+        return
     parent_name, _, leaf = layer.name.rpartition(".")
     parent = model.model.get_submodule(parent_name)
     original = getattr(parent, leaf)

@@ -8,8 +8,10 @@ rates are fractions of each tensor's root mean square, since factors differ in s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,35 @@ from .descent import Kept, descend
 RATE = 0.006  # of each tensor's root mean square
 BATCH = 4096  # tokens a step
 PART = 1024  # tokens at a time: what a backward pass keeps of them is the most that refining holds
-HELD_OUT = 16  # one token in so many decides what is kept
+HELD_OUT = 17  # one token in so many decides what is kept: a prime, or they would be the first of every window
 LOOK = 25  # steps between looks at the held-out tokens
+
+
+class Block(Protocol):
+    """A smaller MoE block in float32, router and all; ordinary.SmallBlock is one.
+
+    trained: the parameters to train, by the model's names.
+    result: their values -> the compressed layer's tensors, and its router's.
+    """
+
+    trained: dict[str, nn.Parameter]
+
+    def __call__(self, inputs: Tensor) -> Tensor: ...
+    def result(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class BlockTokens:
+    """What a layer's MoE block sees, and the dense and the smaller block to show it to.
+
+    inputs (T, H).
+    dense: (n, H) -> (n, H).
+    module: the compressed layer's tensors -> the smaller block with copies of them.
+    """
+
+    inputs: Tensor
+    dense: Callable[[Tensor], Tensor]
+    module: Callable[[dict[str, Tensor]], Block]
 
 
 @dataclass(frozen=True)
@@ -35,6 +64,7 @@ class LayerTokens:
     expert: (expert, inputs) -> (n, H), what one dense expert gives, without bias.
     activate: (n, 2I or I) pre-activations, gate then up -> (n, I).
     module: tensors -> the compressed module with copies of them in float32.
+    block: what the layer's whole MoE block sees, where the result is an ordinary MoE whose router can be trained.
     """
 
     layer: ExpertLayer
@@ -45,6 +75,7 @@ class LayerTokens:
     expert: Callable[[int, Tensor], Tensor]
     activate: Callable[[Tensor], Tensor]
     module: Callable[[dict[str, Tensor]], nn.Module]
+    block: BlockTokens | None = None
 
     def down_moments(self, first: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """For each expert Σ g² h' h'ᵀ (I, I) and Σ g² h' yᵀ (I, H), float64; first (E, 2I or I, H), the
@@ -66,28 +97,80 @@ def refine(
 
     gradient: (H, H) second moment of the loss gradient at the layer's output, any scale.
     """
-    held = torch.arange(len(tokens.inputs), device=tokens.inputs.device) % (HELD_OUT * 16) < 16  # in runs of 16
+    module = tokens.module(compressed.tensors)
+    trained = {n: p for n, p in module.named_parameters() if n in compressed.tensors and p.is_floating_point()}
+    parts = (tokens.inputs, tokens.index, tokens.weight)
+
+    def given(chosen: Tensor) -> Tensor:
+        inputs, index, weight = (part[chosen] for part in parts)
+        return module(inputs.float(), index, weight)
+
+    state, curve = improved(
+        trained, given, partial(_through, tokens.dense, parts), gradient, len(tokens.inputs), steps=steps, seed=seed,
+        rate=RATE,
+    )  # fmt: skip
+    if state is None:
+        return compressed
+    tensors = {name: state.get(name, tensor) for name, tensor in compressed.tensors.items()}
+    return replace(compressed, tensors=tensors, curves=compressed.curves | {"refine": curve})
+
+
+def refine_block(
+    compressed: CompressedExperts, tokens: BlockTokens, gradient: Tensor, *, steps: int, seed: int, rate: float
+) -> CompressedExperts:
+    """The same ordinary layer with better experts and a router that fits them.
+
+    Args:
+        gradient: (H, H), as of refine.
+        rate: see improved.
+    """
+    module = tokens.module(compressed.tensors)
+    state, curve = improved(
+        module.trained, lambda chosen: module(tokens.inputs[chosen].float()),
+        partial(_through, tokens.dense, (tokens.inputs,)), gradient, len(tokens.inputs), steps=steps, seed=seed,
+        rate=rate,
+    )  # fmt: skip
+    if state is None:
+        return compressed
+    tensors, routers = module.result(state)
+    return replace(compressed, tensors=tensors, routers=routers, curves=compressed.curves | {"refine": curve})
+
+
+def _through(dense: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([dense(*batch) for batch in zip(*(part.split(PART) for part in parts), strict=True)])
+
+
+def improved(
+    trained: Mapping[str, Tensor], given: Callable[[Tensor], Tensor], wanted_of: Callable[[], Tensor], gradient: Tensor,
+    count: int, *, steps: int, seed: int, rate: float,
+) -> tuple[dict[str, Tensor] | None, list[float]]:  # fmt: skip
+    """Better values of what is trained, where any are better on the held-out tokens, and the loss before each step.
+
+    Args:
+        given: numbers of tokens -> what the layer gives for them, (n, H).
+        wanted_of: what the dense layer gives for all `count` tokens, (T, H).
+        rate: of each tensor's root mean square, at first.
+    """
+    held = torch.arange(count, device=gradient.device) % (HELD_OUT * 16) < 16  # in runs of 16
     seen = (~held).nonzero().flatten()
     held = held.nonzero().flatten()[:BATCH]
     if len(seen) < 64 or len(held) < 16:
-        return compressed
+        return None, []
     values, axes = torch.linalg.eigh(gradient.double())
     root = (axes * values.clamp(min=0).sqrt() @ axes.T).float()
-    module = tokens.module(compressed.tensors)
-    trained = [p for name, p in module.named_parameters() if name in compressed.tensors and p.is_floating_point()]
-    groups = [{"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt())} for p in trained if p.numel()]
+    groups = [
+        {"params": [p], "lr": rate * float(p.detach().square().mean().sqrt())} for p in trained.values() if p.numel()
+    ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min(1.0, (s + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps))))
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # once: a token is drawn several times
-        batches = zip(*(t.split(PART) for t in (tokens.inputs, tokens.index, tokens.weight)), strict=True)
-        wanted = torch.cat([tokens.dense(*batch) for batch in batches])
+        wanted = wanted_of()
 
     def error(chosen: Tensor) -> Tensor:
-        given = module(tokens.inputs[chosen].float(), tokens.index[chosen], tokens.weight[chosen])
-        return ((given - wanted[chosen]) @ root).square().sum()
+        return ((given(chosen) - wanted[chosen]) @ root).square().sum()
 
     def held_out() -> float:
         with torch.no_grad():
@@ -96,7 +179,7 @@ def refine(
     before = held_out()
     if not math.isfinite(before):
         raise NotFinite("the error of the layer's output on held-out tokens, before refining")
-    kept = Kept(lambda: dict(module.named_parameters()), before)
+    kept = Kept(lambda: dict(trained), before)
 
     def backward() -> float:
         chosen = seen[torch.randint(len(seen), (min(BATCH, len(seen)),), generator=generator).to(seen.device)]
@@ -109,7 +192,4 @@ def refine(
 
     with torch.enable_grad():
         curve = descend(optimiser, schedule, backward, kept, steps=steps, look=held_out, every=LOOK)
-    if kept.state is None:
-        return compressed
-    tensors = {name: kept.state.get(name, tensor) for name, tensor in compressed.tensors.items()}
-    return replace(compressed, tensors=tensors, curves=compressed.curves | {"refine": curve})
+    return kept.state, curve

@@ -41,7 +41,7 @@ class Method:
             the layer with the tokens themselves (fitting.refine.LayerTokens), where there are any.
         own_text: share of the calibration windows that the model writes itself unless the user says otherwise.
         standard: options -> what makes the result an ordinary, smaller MoE: fewer experts (`count`), narrower ones
-            (`width`); empty where it is none.
+            (`width`), what the model allows of either (`both`); empty where it is none.
 
     A method that makes offers is made by `offering`, one that treats stacks apart by `lift`.
     """

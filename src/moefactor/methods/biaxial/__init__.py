@@ -2,7 +2,7 @@
 
 Along the *intermediate* axis, private to an expert, channels are taken out; along the *hidden* axis, which experts
 share, bases are kept. What a channel or a direction costs is the loss's second-order rise (fitting/metrics.py); how
-much to spend on which, over all layers, is a search over tables of candidates (planning.py). Three forms:
+much to spend on which, over all layers, is a search over tables of candidates (planning.py). Four forms:
 
 - `fast`: one linear basis a layer and projection. Nothing is rebuilt at run time. With `latent` gate and up's and
   down's have one rank, and the layer is a latent MoE: H -> r, experts of hidden size r, r -> H.
@@ -10,10 +10,17 @@ much to spend on which, over all layers, is a search over tables of candidates (
   rebuilt either.
 - `tight`: where it pays, a mixture of bases, Ŵ_e = A_e · silu(Σ_j α_ej B_j), gate and up behind one; α is free. The
   lowest loss; bases are rebuilt at run time.
+- `standard`: channels and whole experts taken out, as many in every layer: an ordinary, smaller checkpoint that every
+  engine runs. Its router is cut and trained with the experts.
 
 Then, on the layer's own tokens: down against the true output of each expert from the compressed expert's activations
 (closed form), and `refine_steps` steps of Adam on all of the layer's factors against the dense layer's output, in the
-norm of the loss gradient there. Nothing else of the model moves, and held-out tokens decide what is kept.
+norm of the loss gradient there. Nothing else of the model moves, and held-out tokens decide what is kept. Of `standard`
+the whole block is trained so, router and all.
+
+`width_multiple` (0: 128 on wide models, less on narrow ones) and `experts_multiple` (the ranks of an expert-parallel
+engine) are of `standard`. A negative `doubt`, `channel_share` or `refine_steps` is chosen: by the ratio, by a
+search, by the form.
 
 `data_free` reads no text: relative errors of the weights stand for the loss.
 """
@@ -23,9 +30,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...allocate import Budget
+from ...allocate import Budget, Planned
 from ...errors import UserError, located, required
-from ...experts import CompressedExperts, ExpertWeights
+from ...experts import CompressedExperts, ExpertLayer, ExpertWeights
 from ...fitting.channels import kept_biases, width_of_atoms
 from ...fitting.linalg import weighted_least_squares
 from ...fitting.metrics import Cut, Metrics, relative_first_error, solve_down
@@ -37,6 +44,8 @@ from ...stats import LayerStats
 from ..base import Method, options_of
 from .mixtures import fit_mixture, mixture_problem
 from .planning import SHARES, FormName, Table, layer_table, plan_tables
+from .standard import STEPS as STANDARD_STEPS
+from .standard import Shapes, cut_experts, plan_shapes, shapes, train
 
 NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gradient", "first_gradient"})
 # Metrics.damping of the prices, from the ratio DOUBTFUL up; below, it falls with the square. What goes first is what no
@@ -47,13 +56,14 @@ DOUBT, DOUBTFUL = 0.1, 0.4
 BLIND_CHANNELS = 1 / 3
 # Of the noise that breaks ties in the short fits. One for all layers and runs: a plan does not depend on the seed.
 PROBING_SEED = 0
+REFINE_STEPS = 150
 
 
 def price(
     weights: ExpertWeights, stats: LayerStats | None, budget: Budget, *, seed: int, form: FormName = "fast",
     shrinkage: float = 0.5, doubt: float = -1.0, channel_share: float = -1.0, data_free: bool = False,
-    width_multiple: int | None = None, latent: bool = False,
-) -> Table:  # fmt: skip
+    width_multiple: int | None = None, latent: bool = False, experts_multiple: int = 1,
+) -> Table | Shapes:  # fmt: skip
     """What the layer can become, and what each of it is estimated to cost.
 
     Args:
@@ -62,11 +72,17 @@ def price(
         channel_share: share of every layer's channels to take out; negative: the best of a grid, layer by layer, or
             without text BLIND_CHANNELS.
         width_multiple: experts' widths are multiples of this, 0 among them; None for what kernels like
-            (fitting.channels.width_of_atoms).
+            (fitting.channels.width_of_atoms; of `standard`, whose one width has fewer choices, standard.multiple_of).
         latent: one rank for both bases of a layer, or none; of `fast` alone.
+        experts_multiple: of `standard`, what their number comes in multiples of; expert-parallel engines want that of
+            their ranks.
     """
     if latent and form != "fast":
         raise UserError(f"biaxial: --latent is of --form fast, whose bases are linear; found --form {form}.")
+    if form != "standard" and experts_multiple != 1:
+        raise UserError(f"biaxial: experts_multiple is of --form standard; {form} keeps every expert.")
+    if form == "standard" and channel_share >= 0:
+        raise UserError("biaxial: channel_share is of the other forms; --form standard has one width, by the budget.")
     multiple, hidden = budget.block(weights.layer.hidden), weights.layer.hidden
     if multiple > hidden:
         raise UserError(f"--rank-multiple must be at most the hidden size, {hidden}, found {multiple}.")
@@ -76,6 +92,9 @@ def price(
         channel_share = BLIND_CHANNELS * budget.ratio
     seen = None if data_free else stats
     with located(weights.layer.name):
+        if form == "standard":
+            believed = Metrics(weights, seen, _fraction("doubt", doubt))
+            return shapes(believed, budget, width_multiple, experts_multiple)
         return layer_table(
             Metrics(weights, seen, _fraction("shrinkage", shrinkage)),
             Metrics(weights, seen, _fraction("doubt", doubt)),
@@ -84,9 +103,18 @@ def price(
         )  # fmt: skip
 
 
+def plan_priced(priced: list[Table] | list[Shapes], budget: Budget) -> Planned:
+    """One plan for every layer; which search it takes shows in how they were priced."""
+    return plan_shapes(priced, budget) if isinstance(priced[0], Shapes) else plan_tables(priced, budget)
+
+
+def read_priced(layer: ExpertLayer, data: dict) -> Table | Shapes:
+    return Table.from_json(layer, data) if "rows" in data else Shapes.from_json(layer, data)
+
+
 def factorise(
     weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, shrinkage: float = 0.5,
-    steps: int = 600, data_free: bool = False,
+    steps: int = 600, data_free: bool = False, form: FormName = "fast",
 ) -> CompressedExperts:  # fmt: skip
     """The layer from its statistics alone.
 
@@ -95,26 +123,28 @@ def factorise(
             wants more.
         steps: of the solver of mixtures.
     """
-    layer = weights.layer
-    cut = _cut(weights, None if data_free else stats, plan, shrinkage)
+    layer, seen = weights.layer, None if data_free else stats
+    if form == "standard":
+        return cut_experts(weights, Metrics(weights, seen, _fraction("shrinkage", shrinkage)), plan)
+    cut = _cut(weights, seen, plan, shrinkage)
     name = layer.first_stack
-    form = plan.forms[name]
+    first = plan.forms[name]
     rows, tensors, curves = cut.first_rows(), {}, {}
     rebuilt = rows
-    if isinstance(form, Latent):
-        basis = cut.first_directions()[1][: form.rank]
+    if isinstance(first, Latent):
+        basis = cut.first_directions()[1][: first.rank]
         rows = [weighted_least_squares(w, basis, cut.metrics.input(e)) for e, w in enumerate(rows)]
         rebuilt = [a @ basis for a in rows]
         tensors[f"{name}_basis"] = basis
-    elif isinstance(form, BasisMixture):
+    elif isinstance(first, BasisMixture):
         solution, experts = fit_mixture(
-            mixture_problem(cut, "first", form.activation), form.bases, form.rank, steps, seed
+            mixture_problem(cut, "first", first.activation), first.bases, first.rank, steps, seed
         )
         tensors[f"{name}_basis"], tensors[f"{name}_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
         rebuilt = [experts[e][: len(w)].double() for e, w in enumerate(rows)]
         rows = [solution.private[e][: len(w)] for e, w in enumerate(rows)]
         curves[name] = solution.curve
-    tensors[_private(form, name)] = torch.cat(rows)
+    tensors[_private(first, name)] = torch.cat(rows)
     down_form = plan.forms["down"]
     if isinstance(down_form, BasisMixture):
         problem = mixture_problem(cut, "down", down_form.activation)
@@ -131,9 +161,19 @@ def factorise(
 
 def refit(
     weights: ExpertWeights, stats: LayerStats, compressed: CompressedExperts, tokens: LayerTokens, plan: LayerPlan, *,
-    seed: int, shrinkage: float = 0.5, refine_steps: int = 150,
+    seed: int, shrinkage: float = 0.5, refine_steps: int = -1, form: FormName = "fast",
 ) -> CompressedExperts:  # fmt: skip
-    """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py."""
+    """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py.
+
+    Args:
+        refine_steps: negative: 150, and of `standard`, which trains the router with its experts, 300.
+    """
+    if form == "standard":
+        gradient = Metrics(weights, stats, _fraction("shrinkage", shrinkage)).pooled_output()
+        return train(
+            compressed, tokens, gradient, steps=STANDARD_STEPS if refine_steps < 0 else refine_steps, seed=seed
+        )
+    refine_steps = REFINE_STEPS if refine_steps < 0 else refine_steps
     cut = _cut(weights, stats, plan, shrinkage)
     first = compressed.stack(cut.metrics.first.name)
     for expert, (moment, cross) in enumerate(tokens.down_moments(first, compressed.tensors.get("first_bias"))):
@@ -186,8 +226,8 @@ METHOD = Method(
     "moefactor's own",
     __doc__,
     price=price,
-    priced=Table.from_json,
-    plan=plan_tables,
+    priced=read_priced,
+    plan=plan_priced,
     factorise=factorise,
     options=options_of(price, factorise, refit),
     plan_needs=lambda options: set() if options["data_free"] else set(NEEDS),
@@ -195,4 +235,5 @@ METHOD = Method(
     rule=None,
     refit=refit,
     own_text=0.5,
+    standard=lambda options: "both" if options["form"] == "standard" else "",
 )

@@ -29,7 +29,7 @@ from ...knapsack import Alternative, Slot, improve, knapsack
 from ...plan import LayerPlan
 from .mixtures import RANKS, MixturePrices, Side, highest_rank, mixture_prices
 
-FormName = Literal["fast", "linear", "tight"]
+FormName = Literal["fast", "linear", "tight", "standard"]
 MIXING = {"linear": "identity", "tight": "silu"}  # form -> activation of its mixtures; `fast` has none
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
 # Shares where mixtures are probed for a whole grid of them: most at the first, near what is chosen from 40 % up.
