@@ -694,7 +694,7 @@ def test_refining_lowers_the_error_of_tokens_it_has_not_seen(kind: str, chosen: 
     plan = layer_plan(weights.layer, *chosen)
     start = biaxial.factorise(weights, stats, plan, seed=0, steps=10)
     copies = {name: tensor.clone() for name, tensor in start.tensors.items()}
-    tokens = layer_tokens(weights, plan)
+    tokens = layer_tokens(weights, plan, count=2000)
     better = refine(start, tokens, torch.eye(24), steps=40, seed=0)
     assert held_out_error(tokens, better) < 0.995 * held_out_error(tokens, start)
     assert all(torch.equal(tensor, copies[name]) for name, tensor in start.tensors.items())
