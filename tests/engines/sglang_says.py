@@ -9,10 +9,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+PROGRAM = Path(__file__)
 # One core a rank; and of SGLang's kernels what its engine for CPUs imports.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1"}
 if find_spec("sgl_kernel") is None:
-    stubs = str(Path(__file__).parent / "stubs")
+    stubs = str(PROGRAM.parent / "stubs")
     sys.path.append(stubs)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), stubs]))
 
