@@ -26,6 +26,7 @@ DOORS = {
 }  # fmt: skip
 BEHIND_DOORS = {
     "transformers", "safetensors", "datasets", "accelerate", "huggingface_hub", "filelock", "typer", "rich", "vllm",
+    "sglang",
 }  # fmt: skip
 ONLY_IN_CLI = {"typer", "rich"}
 # Verb -> the verbs that it may import, and why.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -119,14 +120,16 @@ def test_channels_over_ranks_add_up(name: str, size: int) -> None:
     torch.testing.assert_close(total, module(plan, tensors)(*call()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", [name for name in FORMS if "residual" not in name])
-def test_experts_over_ranks_add_up(name: str) -> None:
+def test_experts_over_ranks_add_up(name: str, size: int) -> None:
+    """Whole on their rank, or cut again among `size` ranks."""
     plan = plan_of(name, BIASED, intercept=(1, 4))
     tensors = tensors_of(plan)
     x, ids, weights = call()
     total = torch.zeros_like(x)
-    for held in ((0, 1, 2, 3), (4, 5, 6, 7)):
-        local, own = share_of_layer(plan, tensors, Share.of_experts(plan, held))
+    for held, rank in product(((0, 1, 2, 3), (4, 5, 6, 7)), range(size)):
+        local, own = share_of_layer(plan, tensors, Share.of_experts(plan, held, rank, size))
         assert {n: tuple(t.shape) for n, t in own.items()} == {n: s.shape for n, s in local.tensors().items()}
         place = torch.full((EXPERTS,), len(held))
         place[list(held)] = torch.arange(len(held))

@@ -15,12 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import moefactor
 from moefactor.errors import UserError
-from moefactor.stages import Recipe
+from served import FORMS, PROMPTS, TOKENS, Answers, lose, make, transformers_says
 
 # Before vLLM is imported. Its engine stays in this process, so that models need not pay for its start one by one.
 os.environ |= {
@@ -29,8 +27,6 @@ os.environ |= {
 }  # fmt: skip
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
-PROMPTS = [[(7 * i + start) % 256 for i in range(12)] for start in (1, 50, 99)]
-TOKENS = 12
 # Attention as small as vLLM's kernels for CPUs take it.
 WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 MLA = {**WIDE, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "kv_lora_rank": 512, "head_dim": 64}
@@ -49,56 +45,16 @@ ARCHITECTURES = {
     "deepseek_v2": MLA,
     "deepseek_v3": MLA | ROUTER,
 }
-QUICK = {"samples": 4, "seqlen": 64}
-FORMS: dict[str, tuple[str, dict]] = {
-    "svd": ("svd", {}),
-    "shared_basis": ("shared_basis", QUICK),
-    "rfid": ("rfid", QUICK),
-    "d2moe": ("d2moe", QUICK),
-    "mobe": ("mobe", {"steps": 20, "ratio": 0.2}),
-    "slbf": ("slbf", {"steps": 20, "ratio": 0.2}),
-    "channels": ("channels", QUICK),
-    "fast": ("biaxial", {**QUICK, "refine_steps": 2}),
-    "linear": ("biaxial", {**QUICK, "form": "linear", "steps": 20, "refine_steps": 2}),
-    "tight": ("biaxial", {**QUICK, "form": "tight", "steps": 20, "refine_steps": 2}),
-    "reap": ("reap", QUICK),
-    "one_width": ("channels", {**QUICK, "widths": "model"}),
-}
 
 
 @pytest.fixture(scope="session")
 def made(reference_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`made("fast")`: the reference model in that form."""
     root = tmp_path_factory.mktemp("served")
-
-    @cache
-    def make(name: str) -> Path:
-        method, options = FORMS[name]
-        options = dict(options)
-        ratio = options.pop("ratio", 0.4)
-        own = {key: options.pop(key) for key in QUICK if key in options}
-        text = {"calibration": str(text_file), **own} if Recipe.of(method, options).reads_text else {}
-        return moefactor.compress(str(reference_moe), method, ratio, root / name, **text, **options)
-
-    return make
+    return cache(lambda name: make(name, reference_moe, text_file, root / name))
 
 
-def transformers_says(folder: Path) -> list[tuple[list[int], list[float]]]:
-    """(tokens, log-probability of each) for every prompt."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None,
-            pad_token_id=0, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        tokens = made.sequences[0, len(prompt) :].tolist()
-        answers.append((tokens, [x[0].log_softmax(-1)[t].item() for x, t in zip(made.logits, tokens, strict=True)]))
-    return answers
-
-
-def vllm_says(folder: Path, look: Callable | None = None, **engine: object) -> list[tuple[list[int], list[float]]]:
+def vllm_says(folder: Path, look: Callable | None = None, **engine: object) -> Answers:
     """The same of vLLM. look: is given vLLM's model."""
     engine = {"enforce_eager": True, **engine}
     model = vllm.LLM(str(folder), dtype="float32", max_model_len=64, max_num_seqs=4, **engine)
@@ -187,14 +143,6 @@ def test_a_lost_tensor_is_named(
     made: Callable[[str], Path], copied: Callable[[Path], Path], tensor: str
 ) -> None:  # fmt: skip
     folder, tensor = copied(made("fast")), f"model.layers.1.{tensor}"
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        if tensors.pop(tensor, None) is not None:
-            save_file(tensors, path, {"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        content = json.loads(index.read_text())
-        content["weight_map"].pop(tensor)
-        index.write_text(json.dumps(content))
+    lose(folder, tensor)
     with pytest.raises((UserError, ValueError), match=tensor.replace(".", r"\.")):
         vllm_says(folder)

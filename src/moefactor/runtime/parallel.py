@@ -60,12 +60,10 @@ class Share:
         return cls(layer.intermediate, experts, channels, first=rank == 0)
 
     @classmethod
-    def of_experts(cls, plan: LayerPlan, experts: Sequence[int]) -> Share:
-        """Expert parallel: these experts, whole."""
-        layer = plan.remaining
-        widths = next((f.kept_widths for f in plan.forms.values() if f.kept_widths is not None), None)
-        channels = tuple((0, widths[e] if widths else layer.intermediate) for e in experts)
-        return cls(layer.intermediate, tuple(experts), channels)
+    def of_experts(cls, plan: LayerPlan, experts: Sequence[int], rank: int = 0, size: int = 1) -> Share:
+        """Expert parallel: these experts, whole or, tensor parallel among the ranks that hold them, rank's channels."""
+        every = cls.of_channels(plan, rank, size)
+        return replace(every, experts=tuple(experts), channels=tuple(every.channels[e] for e in experts))
 
     @property
     def width(self) -> int:

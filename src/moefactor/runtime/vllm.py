@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
-from torch.nn.functional import gelu, relu, silu
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -29,14 +24,14 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
+from vllm.model_executor.models.utils import WeightsMapper
 
-from ..checkpoint import Checkpoint
 from ..errors import UserError
 from ..plan import LayerPlan
-from .format import QUANT_METHOD, described_layers
-from .module import FactorisedExperts
-from .parallel import Share, share_of_layer
+from . import engine
+from .engine import Activation, EngineExperts
+from .format import QUANT_METHOD
+from .parallel import Share
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")  # those that vLLM's default loader reads
 
@@ -58,7 +53,7 @@ class MoefactorConfig(QuantizationConfig):
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config
-        self.plans = {extract_layer_index(plan.layer.name): plan for plan in described_layers(config)}
+        self.plans = engine.plans_by_index(config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MoefactorConfig:
@@ -80,7 +75,7 @@ class MoefactorConfig(QuantizationConfig):
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Drops factors from the stream of weights; see the module's docstring."""
-        names = {name for plan in self.plans.values() for name in _stored(plan)}
+        names = {name for plan in self.plans.values() for name in plan.tensors()}
         ours = re.compile(rf"\.experts\.({'|'.join(map(re.escape, sorted(names)))})$")
         return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex={ours: None})
 
@@ -89,9 +84,9 @@ class MoefactorConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if not isinstance(layer, RoutedExperts):
             return None
-        plan = self.plans.get(extract_layer_index(prefix))
+        index = engine.layer_index(prefix)
         # Layers of multi-token prediction keep their experts.
-        return FactorisedMoEMethod(layer, plan) if plan is not None else None
+        return FactorisedMoEMethod(layer, self.plans[index]) if index in self.plans else None
 
 
 class FactorisedMoEMethod(FusedMoEMethodBase):
@@ -111,12 +106,7 @@ class FactorisedMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype, **extra_weight_attrs: object,
     ) -> None:  # fmt: skip
         """No weights yet: what would stand here empty, a loader that misses a name would leave so."""
-        ours, found = self.plan.layer, (self.moe.num_experts, hidden_size)
-        if (ours.experts, ours.hidden) != found:
-            raise UserError(
-                f"{ours.name}: config.json speaks of {found[0]} experts of hidden size {found[1]}, its "
-                f"quantization_config of {ours.experts} of {ours.hidden}. Download the folder again."
-            )
+        engine.check_layer(self.plan, self.moe.num_experts, hidden_size)
         self.dtype = params_dtype
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
@@ -128,28 +118,16 @@ class FactorisedMoEMethod(FusedMoEMethodBase):
             share = Share.of_experts(self.plan, held)
         else:
             share = Share.of_channels(self.plan, parallel.tp_rank, parallel.tp_size)
-        plan, tensors = share_of_layer(self.plan, self._read(), share)
-        module = _Experts(plan, self.dtype, self.activation)
-        device = self.engine.device_config.device
-        module.load_state_dict(
-            {name: t.to(device, self.dtype if t.is_floating_point() else t.dtype) for name, t in tensors.items()},
-            assign=True,
+        layer.factorised = EngineExperts.holding(
+            self.plan, self._read(), share, self.dtype, self.engine.device_config.device, self.activation
         )
-        module.requires_grad_(False).lay_out()
-        layer.factorised = module
-        self.key = _announce(layer)
+        self.key = engine.announce(layer.layer_name, layer.factorised)
 
     def _read(self) -> dict[str, Tensor]:
-        """Name behind the layer's -> tensor, all that the plan speaks of. UserError for one that is missing."""
-        if self.engine.load_config.load_format == "dummy":
-            specs = self.plan.tensors()
-            return {
-                name: torch.zeros(spec.shape, dtype=torch.int32 if spec.dtype == "int32" else self.dtype)
-                for name, spec in specs.items()
-            }
-        prefix = self.plan.layer.name + "."
-        with _checkpoint(self.engine).slices([prefix + name for name in _stored(self.plan)]) as slices:
-            return {name.removeprefix(prefix): view[:] for name, view in slices.items()}
+        model, load = self.engine.model_config, self.engine.load_config
+        if load.load_format == "dummy":
+            return engine.zeros(self.plan, self.dtype)
+        return engine.read_layer(engine.checkpoint_of(model.model, model.revision, load.download_dir), self.plan)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None
@@ -158,6 +136,8 @@ class FactorisedMoEMethod(FusedMoEMethodBase):
         self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: object,
         shared_experts_input: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        if layer._expert_map is not None:
+            topk_ids = layer._expert_map[topk_ids.long()]
         return torch.ops.moefactor.experts(x, topk_weights, topk_ids, self.key)
 
 
@@ -170,110 +150,17 @@ class StrictLoader(DefaultModelLoader):
         super().load_weights(model, model_config)
 
 
-class _Experts(FactorisedExperts):
-    """FactorisedExperts behind vLLM's activation instead of a transformers module's."""
-
-    def __init__(self, plan: LayerPlan, dtype: torch.dtype, activation: Callable[[Tensor], Tensor]):
-        super().__init__(plan, dtype)
-        self.activation = activation
-
-    def activate(self, first: Tensor) -> Tensor:
-        return self.activation(first)
-
-
-# What the operation below runs, by name: an operation takes no modules.
-_LAYERS: dict[str, RoutedExperts] = {}
-
-
-def _announce(layer: RoutedExperts) -> str:
-    """A name for the layer, which two models in one process may both call the same."""
-    key = f"{layer.layer_name}#{len(_LAYERS)}"
-    _LAYERS[key] = layer
-    return key
-
-
-@torch.library.custom_op("moefactor::experts", mutates_args=())
-def _experts(x: Tensor, weights: Tensor, ids: Tensor, key: str) -> Tensor:
-    """One operation to torch.compile, whatever a form's kernel does inside."""
-    layer = _LAYERS[key]
-    if layer._expert_map is not None:
-        ids = layer._expert_map[ids.long()]
-    # Elsewhere, or nowhere: one past the last is what Routing skips.
-    ids = torch.where(ids < 0, layer.factorised.layer.experts, ids)
-    return layer.factorised(x, ids, weights)
-
-
-@_experts.register_fake
-def _(x: Tensor, weights: Tensor, ids: Tensor, key: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _checkpoint(engine: VllmConfig) -> Checkpoint:
-    """The folder that is being loaded, its headers read once for all layers."""
-    model, load = engine.model_config, engine.load_config
-    found = getattr(engine, "_moefactor_checkpoint", None)
-    if found is None:
-        folder = model.model
-        if not Path(folder).is_dir():
-            # vLLM has downloaded it by now, so this finds it.
-            folder = snapshot_download(
-                folder,
-                revision=model.revision,
-                cache_dir=load.download_dir,
-                allow_patterns=["*.safetensors*", "*.json"],
-            )
-        found = engine._moefactor_checkpoint = Checkpoint(Path(folder))
-    return found
-
-
-def _stored(plan: LayerPlan) -> list[str]:
-    return list(plan.tensors())
-
-
-def _halves(first: Tensor) -> tuple[Tensor, Tensor]:
-    gate, up = first.chunk(2, dim=-1)
-    return gate, up
-
-
-def _activation(layer: RoutedExperts) -> Callable[[Tensor], Tensor]:
-    """(pairs, 2I), gate then up as we keep them whatever vLLM's own layout, or (pairs, I) -> (pairs, I)."""
+def _activation(layer: RoutedExperts) -> Activation:
+    """Of gate then up as we keep them, whatever vLLM's own layout."""
     kind, config = layer.activation, layer.moe_config
-    plain: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
-        MoEActivation.SILU: silu,
-        MoEActivation.GELU: gelu,
-        MoEActivation.GELU_TANH: partial(gelu, approximate="tanh"),
-    }
-    alone: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
-        MoEActivation.SILU_NO_MUL: silu,
-        MoEActivation.GELU_NO_MUL: gelu,
-        MoEActivation.GELU_TANH_NO_MUL: partial(gelu, approximate="tanh"),
-        MoEActivation.RELU2_NO_MUL: _relu_squared,
-    }
-    if kind in alone:
-        return alone[kind]
     limit = layer.swiglu_limit if layer.swiglu_limit is not None else config.swiglu_limit
-    if kind in plain:
-        return partial(_gated, plain[kind], limit)
-    if kind == MoEActivation.SWIGLUOAI:
-        return partial(_swiglu_oai, 1.702, 1.0, 7.0 if limit is None else limit)
-    if kind == MoEActivation.SWIGLUOAI_UNINTERLEAVE and limit is not None:
-        return partial(_swiglu_oai, config.swiglu_alpha or 1.0, config.swiglu_beta or 0.0, limit)
-    raise UserError(f"{layer.layer_name}: the activation {kind.value} is not served by moefactor's vLLM plug-in.")
-
-
-def _gated(activation: Callable[[Tensor], Tensor], limit: float | None, first: Tensor) -> Tensor:
-    gate, up = _halves(first)
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return activation(gate) * up
-
-
-def _swiglu_oai(alpha: float, beta: float, limit: float, first: Tensor) -> Tensor:
-    """gpt-oss: gate · σ(α gate) · (up + β), both clamped."""
-    gate, up = _halves(first)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + beta)
-
-
-def _relu_squared(first: Tensor) -> Tensor:
-    return relu(first).square()
+    found = engine.gated(kind.value, limit)
+    if kind.value.endswith("_no_mul"):
+        found = engine.alone(kind.value.removesuffix("_no_mul"))
+    elif kind == MoEActivation.SWIGLUOAI:
+        found = engine.swiglu_oai(1.702, 1.0, 7.0 if limit is None else limit)
+    elif kind == MoEActivation.SWIGLUOAI_UNINTERLEAVE and limit is not None:
+        found = engine.swiglu_oai(config.swiglu_alpha or 1.0, config.swiglu_beta or 0.0, limit)
+    if found is None:
+        raise UserError(f"{layer.layer_name}: the activation {kind.value} is not served by moefactor's vLLM plug-in.")
+    return found
