@@ -81,7 +81,7 @@ def plans(layer: ExpertLayer) -> dict[str, Callable[[], LayerPlan]]:
 
     def rfid() -> LayerPlan:
         """gate and up alone; they give what down, left as it is, keeps."""
-        step = hidden // 8
+        step = round(0.03 * 4 * hidden / 8) * 8
         inner = grouped(experts // 4, 1.5 * KEPT - 0.5 - 0.03)(width)
         sizes = (step * width,) * (experts // 4)
         caught = WindowResidual(experts, width, hidden, inner, inner.groups, sizes, seed=0)

@@ -55,12 +55,12 @@ def offers(
     if residual == 0:
         return inner
     experts, width, hidden = stack.shape
-    # A channel's share of the vector; where it comes to that, a whole number of them makes a row.
+    # A channel's share of its group's vector; on wide models a multiple that kernels like.
     share = residual * len(groups[0])
     if share > 1:
         raise UserError(f"rfid: residual {residual} is more than one expert's share of a group of {len(groups[0])}.")
-    whole = -(-hidden // round(1 / share))
-    step = whole if abs(whole / (share * hidden) - 1) < 0.05 else max(1, round(share * hidden))
+    step = max(1, round(share * hidden))
+    step = step if step < 64 else min(round(step / 8) * 8, hidden)
     sizes = (step * width,) * len(groups)
     return StackOffers(
         inner.offers,
