@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,20 +21,21 @@ import moefactor
 from moefactor.errors import UserError
 from served import FORMS, PROMPTS, TOKENS, Answers, lose, make, transformers_says
 
+if find_spec("vllm") is None:
+    pytest.skip("vLLM has an environment of its own: make test-vllm", allow_module_level=True)
+
 # Before vLLM is imported. Its engine stays in this process, so that models need not pay for its start one by one.
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
 }  # fmt: skip
-vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+import vllm
 
 # Attention as small as vLLM's kernels for CPUs take it.
 WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 MLA = {**WIDE, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "kv_lora_rank": 512, "head_dim": 64}
-ROUTER = {
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-}  # which vLLM, unlike transformers, does not know by itself
+# Which vLLM, unlike transformers, does not know by itself.
+ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 ARCHITECTURES = {
     "qwen3_moe": {**WIDE, "head_dim": 32},
     "qwen2_moe": {**WIDE, "head_dim": 32},
