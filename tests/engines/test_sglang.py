@@ -130,6 +130,13 @@ def test_what_it_was_not_written_for(changes: dict, says: str) -> None:
         sglang.FactorisedMoEMethod(layer(**changes), PLAN)
 
 
+def test_a_model_that_builds_experts_of_its_own_is_refused() -> None:
+    model = torch.nn.Module()
+    model.quant_config = sglang.MoefactorConfig({"layers": []})
+    with pytest.raises(UserError, match="Module builds experts of its own"):
+        sglang.load_weights(pytest.fail, model, (), torch.device("cpu"))
+
+
 def test_the_activation_of_gpt_oss_is_sglangs() -> None:
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
