@@ -24,7 +24,7 @@ from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATIO
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_server_args
+from sglang.srt.runtime_context import get_flags, get_server_args
 from sglang.srt.utils import is_cuda
 from torch import Tensor
 
@@ -36,12 +36,14 @@ from .format import QUANT_METHOD
 from .parallel import Share
 
 LOADING = "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only"
+CHOOSING = "sglang.srt.model_loader.utils.get_model_architecture"
 
 
 def register() -> None:
     """Called by SGLang in every one of its processes, once."""
     QUANTIZATION_METHODS[QUANT_METHOD] = CPU_QUANTIZATION_METHODS[QUANT_METHOD] = MoefactorConfig
     HookRegistry.register(LOADING, load_weights, HookType.AROUND)
+    HookRegistry.register(CHOOSING, choose_model, HookType.AROUND)
 
 
 class MoefactorConfig(QuantizationConfig):
@@ -150,6 +152,7 @@ def load_weights(
     plans = [method.plan for method in methods if isinstance(method, FactorisedMoEMethod)]
     ours = {name for plan in plans for name in engine.stored_names(plan)}
     if not ours:
+        _check_unfactorised(model)
         return load(model, weights, target_device)
     parameters = {
         name: p.data
@@ -163,6 +166,24 @@ def load_weights(
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UserError(f"{lost[0]}{more}: what SGLang builds it from is missing in the folder. Download it again.")
     return None
+
+
+def choose_model(choose: Callable, model_config: Any) -> Any:
+    """Around SGLang's own, which for quantisation methods that it does not know has a Mixtral without fused experts."""
+    if model_config.quantization != QUANT_METHOD:
+        return choose(model_config)
+    model_config.quantization = None
+    try:
+        return choose(model_config)
+    finally:
+        model_config.quantization = QUANT_METHOD
+
+
+def _check_unfactorised(model: torch.nn.Module) -> None:
+    """UserError for a model of a compressed folder that has built none of its experts so. A draft model has none."""
+    configs = [getattr(module, "quant_config", None) for module in model.modules()]
+    if any(isinstance(config, MoefactorConfig) for config in configs) and not get_flags().moe.in_speculative_scope:
+        raise UserError(f"SGLang's {type(model).__name__} builds experts of its own, which can't be factorised ones.")
 
 
 def _without(names: set[str], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
