@@ -563,8 +563,9 @@ def test_every_way_to_run_a_form_gives_the_same(form: Form, seed: int) -> None:
 
 
 def test_every_form_has_kernels_and_a_reference() -> None:
-    assert {form.name for form in FORMS.values()} == {*KERNELS}
-    assert all(ways[-1].name == "experts rebuilt" for ways in KERNELS.values())
+    own = {"residual_share", "zero"}  # a rank's own, in no file
+    assert {form.name for form in FORMS.values()} == {*KERNELS} - own
+    assert all(ways[-1].name == "experts rebuilt" for name, ways in KERNELS.items() if name != "zero")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ from .shared import (
     app,
     console,
     method_options,
+    say,
 )
 from .tables import comparison_table, coverage_table, plan_table, validation_table
 
@@ -83,7 +84,7 @@ def compress(
             heal=heal, drop_mtp=drop_mtp, run=run, text_column=text_column,
             trust_remote_code=trust_remote_code, progress=bars, on_coverage=show_coverage, **options,
         )  # fmt: skip
-    console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
+    say(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 
 @app.command(context_settings=METHOD_FLAGS, rich_help_panel=STAGES)
@@ -107,7 +108,7 @@ def calibrate(
     with Bars() as bars:
         streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
         Run(streamed, recipe, RunFolder(run), bars, show_coverage).calibrate(needs)
-    console.print(f"{told} Next: moefactor plan {model} --run {run} --method {method}")
+    say(f"{told} Next: moefactor plan {model} --run {run} --method {method}")
 
 
 @app.command(context_settings=METHOD_FLAGS, rich_help_panel=STAGES)
@@ -130,7 +131,7 @@ def plan(
     console.print(plan_table(made))
     if not dry_run:
         work.folder.write_plan(made)
-        console.print(f"Wrote {work.folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
+        say(f"Wrote {work.folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -155,7 +156,7 @@ def factorise(
         work.check()
         work.factorise(made)
         work.write(made, output, f"moefactor factorise {model} --run RUN -o {output.name}")
-    console.print(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
+    say(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
 
 
 @app.command(rich_help_panel=MAKE)
@@ -177,7 +178,7 @@ def heal(
             seed=seed, device=device, text_column=text_column, trust_remote_code=trust_remote_code, progress=bars,
         )  # fmt: skip
     console.print(validation_table(healed))
-    console.print(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")
+    say(f"Wrote {output}, the state after step {healed.best_step} of {healed.steps}.")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -253,7 +254,7 @@ def export(
             )  # fmt: skip
         elif output:
             export_dense(model, output, trust_remote_code=trust_remote_code, progress=bars)
-    console.print(f"Wrote {gguf}." if gguf else f"Wrote {output}, of the original's size and layout.")
+    say(f"Wrote {gguf}." if gguf else f"Wrote {output}, of the original's size and layout.")
 
 
 def show_coverage(rows: list[Coverage]) -> None:

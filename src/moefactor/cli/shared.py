@@ -25,6 +25,13 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+
+
+def say(sentence: str, to: Console = console, style: str | None = None) -> None:
+    """As it is: a path is not cut into lines, and brackets in it are no markup."""
+    to.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 # What commands are for, in the order of --help.
 LOOK, MAKE, STAGES, USE = "Look", "Make smaller", "compress, stage by stage", "Use"
 # Options of the chosen method are flags too (--group-size 8); they are read from its signature.

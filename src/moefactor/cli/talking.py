@@ -13,7 +13,7 @@ from ..chat import Conversation
 from ..errors import UserError
 from ..generate import generate as generate_verb
 from ..serving import Engine, server_of
-from .shared import DTYPES, USE, Device, Dtype, Model, Seed, Trust, app, console, errors
+from .shared import DTYPES, USE, Device, Dtype, Model, Seed, Trust, app, errors, say
 
 
 @app.command(context_settings={"allow_extra_args": True}, rich_help_panel=USE)
@@ -33,9 +33,9 @@ def serve(
         model, host=host, port=port, dtype=dtype, tensor_parallel_size=tensor_parallel_size, engine=engine,
         trust_remote_code=trust_remote_code, options=context.args,
     )  # fmt: skip
-    console.print(f"{server.model} by {server.engine} at {server.url}, until Ctrl-C.", markup=False, highlight=False)
+    say(f"{server.model} by {server.engine} at {server.url}, until Ctrl-C.")
     if not server.chats:
-        console.print("It has no chat template: /completions answers, /chat/completions does not.")
+        say("It has no chat template: /completions answers, /chat/completions does not.")
     if server.engine == "vllm":
         server.become_vllm()
     _transformers_serve(server.arguments)
@@ -72,7 +72,7 @@ def chat(
         dtype=DTYPES.get(dtype, dtype), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if not conversation.has_template:
-        errors.print(f"{model} has no chat template: each line is continued by itself.", markup=False, highlight=False)
+        say(f"{model} has no chat template: each line is continued by itself.", errors)
     asked = sys.stdin.isatty()
     for words in _turns(asked):
         if words.strip() == "/clear":
@@ -86,7 +86,7 @@ def chat(
         except UserError as error:
             if not asked:
                 raise
-            errors.print(f"{error} /clear begins anew.", style="yellow", markup=False, highlight=False)
+            say(f"{error} /clear begins anew.", errors, style="yellow")
         print(flush=True)
 
 
@@ -120,4 +120,4 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue a prompt, greedily."""
     said = generate_verb(model, prompt, tokens=tokens, device=device, trust_remote_code=trust_remote_code)
-    console.print(said, markup=False, highlight=False)
+    say(said)
