@@ -27,11 +27,13 @@ from moefactor.experts import ExpertLayer
 from moefactor.forms import Dense
 from moefactor.plan import LayerPlan
 from served import Answers, lose, make, transformers_says
-from sglang_says import PROGRAM  # before SGLang, which it sets up
 
 if find_spec("sglang") is None:
     pytest.skip("SGLang has an environment of its own", allow_module_level=True)
 
+from sglang_says import PROGRAM  # before SGLang, which it sets up
+
+# isort: split
 from moefactor.runtime import engine, sglang
 from moefactor.runtime.parallel import Share
 
