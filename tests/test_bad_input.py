@@ -277,8 +277,8 @@ def test_text_that_is_not_there(source: Path, tmp_path: Path, compress: Callable
         ("svd", ("--seqlen", 16), "leave --seqlen out"),
         ("svd", ("--own-text", 0.5), "leave --own-text out"),
         ("biaxial", ("--own-text", 0, "--allocation", "loss"), "in its own way and takes no --allocation"),
-        ("reap", ("--rank-multiple", 4), "--rank-multiple: what this method buys are no ranks"),
-        ("mobe", ("--ratio", 0.05, "--rank-multiple", 4), "--rank-multiple: what this method buys"),
+        ("reap", ("--rank-multiple", 4), "--rank-multiple: this method buys no ranks"),
+        ("mobe", ("--ratio", 0.05, "--rank-multiple", 4), "--rank-multiple: this method buys"),
         ("channels", ("--rank-multiple", 4), "(Channels have --width-multiple.)"),
     ],
 )  # fmt: skip

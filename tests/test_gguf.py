@@ -191,6 +191,28 @@ def test_a_repositorys_own_code_runs_only_where_it_is_trusted(
     export_gguf(str(source), out, llama_cpp=folder, trust_remote_code=True)
 
 
+def test_code_that_config_json_names_is_not_shown_to_the_converter(
+    tiny_model: Callable, copied: Callable, llama_cpp: Callable, out: Path
+) -> None:
+    """For some models it opens the configuration with trust, though transformers has the class itself."""
+    source = copied(tiny_model("qwen3_moe"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config"}}))
+    (source / "evil.py").write_text("raise SystemExit('ran')\n")
+    export_gguf(str(source), out, llama_cpp=llama_cpp())
+    assert said(out)["config"] == config
+    assert said(out)["files"] == sorted(p.name for p in source.iterdir() if p.name != "evil.py")
+    assert (source / "evil.py").exists()
+
+
+def test_what_a_killed_run_left_is_cleared_away(tiny_model: Callable, llama_cpp: Callable, out: Path) -> None:
+    left = out.with_name(f".{out.name}.parts")
+    left.mkdir(parents=True)
+    (left / "converted.gguf").write_text("half")
+    export_gguf(str(tiny_model("qwen3_moe")), out, llama_cpp=llama_cpp())
+    assert os.listdir(out.parent) == [out.name]
+
+
 @pytest.mark.parametrize(
     ("kind", "row", "instead"),
     [

@@ -25,6 +25,7 @@ from moefactor.forms import (
     low_rank,
 )  # fmt: skip
 from moefactor.plan import LayerPlan
+from moefactor.runtime.engine import layer_index, plans_by_index
 from moefactor.runtime.module import FactorisedExperts
 from moefactor.runtime.parallel import Share, share_of_layer
 
@@ -173,9 +174,23 @@ def test_what_cannot_be_cut_says_so() -> None:
     plan = LayerPlan(LAYER, {"gate_up": stack("dense", 2), "down": dynamic})
     with pytest.raises(UserError, match=r"experts down: .*--dynamic"):
         share_of_layer(plan, tensors_of(plan), Share.of_channels(plan, 0, 2))
+    with pytest.raises(UserError, match="--dynamic"):
+        share_of_layer(plan, tensors_of(plan), Share.of_experts(plan, (0, 1, 2, 3)))
     plan = plan_of("window_residual")
     with pytest.raises(UserError, match="serve it tensor parallel"):
         share_of_layer(plan, tensors_of(plan), Share.of_experts(plan, (0, 1, 2, 3)))
     plan = plan_of("mixture")
     with pytest.raises(UserError, match="cut through groups of 4"):
         share_of_layer(plan, tensors_of(plan), Share.of_experts(plan, (0, 1, 4)))
+
+
+def test_layers_are_known_by_their_index_and_prediction_layers_are_not_ours() -> None:
+    assert layer_index("model.layers.3.mlp.experts") == 3
+    assert layer_index("language_model.model.layers.11.block_sparse_moe.experts") == 11
+    assert layer_index("mtp.layers.0.mlp.experts") is layer_index("model.mtp_block.0.experts") is None
+
+
+def test_a_newer_format_is_refused_by_every_reader() -> None:
+    config = {"format_version": 99, "package_version": "9.0", "layers": []}
+    with pytest.raises(UserError, match="format_version 99, the installed moefactor reads 1"):
+        plans_by_index(config)

@@ -164,9 +164,7 @@ def plan_offers(
     if rule not in RULES:
         raise unknown("allocation", rule, RULES)
     if budget.multiple and all(offer.block for layer in priced for offer in layer.offers):
-        raise UserError(
-            "--rank-multiple: what this method buys are no ranks; leave it out. (Channels have --width-multiple.)"
-        )
+        raise UserError("--rank-multiple: this method buys no ranks; leave it out. (Channels have --width-multiple.)")
     multiple = budget.block(priced[0].layer.hidden)
     try:
         bought = spend(priced, budget.parameters, rule, multiple=multiple)

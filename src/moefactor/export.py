@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -107,11 +108,13 @@ def export_gguf(
     with (
         locked(file.with_name(f".{file.name}.lock"), str(file)),
         replacing(file) as partial,
-        TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as beside,
+        _workplace(file.with_name(f".{file.name}.parts")) as beside,
     ):
         if compressed:
-            folder = export_dense(name, Path(beside) / title, trust_remote_code=trust_remote_code, progress=progress)
-        converted = Path(beside) / "converted.gguf" if quantiser else partial
+            folder = export_dense(name, beside / title, trust_remote_code=trust_remote_code, progress=progress)
+        if not trust_remote_code:
+            folder = _without_code(folder, beside / "without code" / title)
+        converted = beside / "converted.gguf" if quantiser else partial
         steps.detail = f"converting to {own if quantiser else kind}"
         convert(converter, folder, converted, own if quantiser else kind, name=title, pre_tokenizer=pre_tokenizer)
         steps.tick()
@@ -119,6 +122,31 @@ def export_gguf(
             quantise(quantiser, converted, partial, kind)
             steps.tick()
     return file
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """An empty folder, gone afterwards; what a killed run left in it goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _without_code(source: Path, folder: Path) -> Path:
+    """The files of a model as links in `folder`, but for code and what names it: llama.cpp's converter opens some
+    models' configuration and tokenizer with trust_remote_code=True, unasked."""
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix == ".json" and '"auto_map"' in (text := path.read_text()):
+            content = json.loads(text)
+            content.pop("auto_map", None)
+            (folder / path.name).write_text(json.dumps(content))
+        elif path.suffix != ".py":
+            (folder / path.name).symlink_to(path.resolve())
+    return folder
 
 
 def _fallbacks(model: Model, name: str, kind: str) -> Iterator[str]:

@@ -23,7 +23,10 @@ from .files import differences, digest_of, read_json, write_json
 
 # The rooms whose code decides numbers, by the stage that they decide.
 CALIBRATION = ("stats", "streaming", "observing", "calibrate", "routing")
-FACTORS = ("experts", "stats", "routing", "allocate", "knapsack", "plan", "forms", "fitting", "methods")
+FACTORS = (
+    "experts", "stats", "routing", "allocate", "knapsack", "plan", "forms", "fitting", "methods", "ordinary",
+    "runtime/module", "runtime/kernels",  # which refining trains through
+)  # fmt: skip
 
 
 @cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 
 class Routing:
     """The (token, expert) pairs of one call, sorted by expert.
@@ -36,8 +38,14 @@ class Routing:
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """Rows of each expert on the host; one synchronisation on a GPU, only for forms that loop."""
+        """Rows of each expert on the host; one synchronisation on a GPU, only for forms that loop. UserError where a
+        CUDA graph is being captured, which could not hold it."""
         if self._bounds is None:
+            if self.offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise UserError(
+                    "A form of these experts asks the host how many rows each has, which CUDA graphs can't hold. "
+                    "Start the engine without them: --enforce-eager (vLLM), --disable-cuda-graph (SGLang)."
+                )
             ends = self.offsets.tolist()
             self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
         return self._bounds

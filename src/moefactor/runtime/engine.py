@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub import snapshot_download
@@ -16,6 +17,7 @@ from torch.nn.functional import gelu, relu, silu
 from ..checkpoint import Checkpoint
 from ..errors import UserError
 from ..plan import LayerPlan
+from ..prediction import NAMED
 from .format import described_layers
 from .module import FactorisedExperts
 from .parallel import Share, share_of_layer
@@ -52,12 +54,12 @@ class EngineExperts(FactorisedExperts):
 
 
 # What the operation below runs, by name: an operation takes no modules.
-_EXPERTS: dict[str, EngineExperts] = {}
+_EXPERTS: WeakValueDictionary[str, EngineExperts] = WeakValueDictionary()
 
 
-def announce(name: str, experts: EngineExperts) -> str:
-    """A key for the layer `name`, which two models in one process may both have."""
-    key = f"{name}#{len(_EXPERTS)}"
+def announce(model: str, name: str, experts: EngineExperts) -> str:
+    """A key for the layer `name` of a model, the same in every process: compiled graphs have it, and stay on disk."""
+    key = f"{model}:{name}:{next(experts.parameters()).dtype}"
     _EXPERTS[key] = experts
     return key
 
@@ -79,7 +81,9 @@ def _(x: Tensor, weights: Tensor, ids: Tensor, key: str) -> Tensor:
 
 
 def layer_index(name: str) -> int | None:
-    """3 of `model.layers.3.mlp.experts`."""
+    """3 of `model.layers.3.mlp.experts`; None for layers of multi-token prediction, which keep their experts."""
+    if NAMED.search(name):
+        return None
     found = re.search(r"\.(\d+)(\.|$)", name)
     return int(found[1]) if found else None
 

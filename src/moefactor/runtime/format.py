@@ -109,11 +109,7 @@ def quantization_config(plan: Plan) -> dict:
 def layer_plans(config: dict, layers: list[ExpertLayer]) -> list[LayerPlan]:
     """The layers of a `quantization_config`, checked against the model's; names match by the longest suffix,
     since wrappers (vision-language models) change prefixes."""
-    if config.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"This checkpoint has format_version {config.get('format_version')!r}, the installed moefactor reads "
-            f"{FORMAT_VERSION}. Install a version that reads it (made with {config.get('package_version')})."
-        )
+    _check_version(config)
     entries = {entry["name"]: entry for entry in config["layers"]}
     plans = []
     for layer in layers:
@@ -126,12 +122,21 @@ def layer_plans(config: dict, layers: list[ExpertLayer]) -> list[LayerPlan]:
 
 def described_layers(config: dict) -> list[LayerPlan]:
     """The layers of a `quantization_config` by what it says itself, for a reader that has not built the model."""
+    _check_version(config)
     plans = []
     for entry in config["layers"]:
         gated = set(entry["stacks"]) != {"up", "down"}
         shape = {name: entry[name] for name in ("experts", "intermediate", "hidden")}
         plans.append(LayerPlan.from_json(entry, ExpertLayer(entry["name"], entry["name"], gated=gated, **shape)))
     return plans
+
+
+def _check_version(config: dict) -> None:
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"This checkpoint has format_version {config.get('format_version')!r}, the installed moefactor reads "
+            f"{FORMAT_VERSION}. Install a version that reads it (made with {config.get('package_version')})."
+        )
 
 
 def _longest_suffix(name: str, names: dict[str, dict]) -> str | None:

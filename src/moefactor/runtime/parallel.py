@@ -229,7 +229,7 @@ def _base_plus_delta(form: BasePlusDelta, factors: Factors, share: Share) -> tup
         columns = factors["base_columns"].long() if kept < form.columns else torch.arange(form.columns)
         own = ((columns >= start) & (columns < stop)).nonzero().flatten()
         base, kept = base[own], len(own)
-        if form.dynamic and kept < form.kept:
+        if form.dynamic and (kept < form.kept or len(share.experts) < form.experts):
             raise UserError(
                 "base columns are left out call by call, by a ranking over all of them (--dynamic), which one "
                 "GPU of several does not see; serve it on one."

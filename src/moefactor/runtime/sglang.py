@@ -121,7 +121,7 @@ class FactorisedMoEMethod(FusedMoEMethodBase):
         layer.factorised = EngineExperts.holding(
             self.plan, self._read(), share, self.dtype, self.device, self.activation
         )
-        self.key = engine.announce(layer.layer_name, layer.factorised)
+        self.key = engine.announce(get_server_args().model_path, layer.layer_name, layer.factorised)
 
     def _read(self) -> dict[str, Tensor]:
         server = get_server_args()

@@ -3,7 +3,7 @@
 What vLLM takes for a quantisation method keeps a layer's routed experts as factors and runs them by our kernels, behind
 vLLM's router and before its all-reduce. Factors do not pass through the models' own loading code, which differs from
 model to model and drops names that it does not know: they are taken out of the stream of weights, and each layer
-reads its own from the folder, every tensor or an error, of each only the part that is this GPU's.
+reads its own from the folder, every tensor or an error, and keeps only the part that is this GPU's.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class FactorisedMoEMethod(FusedMoEMethodBase):
         layer.factorised = EngineExperts.holding(
             self.plan, self._read(), share, self.dtype, self.engine.device_config.device, self.activation
         )
-        self.key = engine.announce(layer.layer_name, layer.factorised)
+        self.key = engine.announce(self.engine.model_config.model, layer.layer_name, layer.factorised)
 
     def _read(self) -> dict[str, Tensor]:
         model, load = self.engine.model_config, self.engine.load_config

@@ -18,9 +18,9 @@ Then, on the layer's own tokens: down against the true output of each expert fro
 norm of the loss gradient there. Nothing else of the model moves, and held-out tokens decide what is kept. Of `standard`
 the whole block is trained so, router and all.
 
-`width_multiple` (0: 128 on wide models, less on narrow ones) and `experts_multiple` (the ranks of an expert-parallel
-engine) are of `standard`. A negative `doubt`, `channel_share` or `refine_steps` is chosen: by the ratio, by a
-search, by the form.
+`width_multiple`: what widths come in multiples of, chosen by the model's unless given. `experts_multiple`, of
+`standard`: the ranks of an expert-parallel engine. A negative `doubt`, `channel_share` or `refine_steps` is chosen: by
+the ratio, by a search, by the form. With `--no-sequential` or `data_free` nothing is refitted or trained.
 
 `data_free` reads no text: relative errors of the weights stand for the loss.
 """

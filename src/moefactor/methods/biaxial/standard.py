@@ -8,6 +8,7 @@ those beside them.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -145,6 +146,12 @@ def train(
     compressed: CompressedExperts, tokens: LayerTokens, gradient: Tensor, *, steps: int, seed: int
 ) -> CompressedExperts:
     """Experts and router together, against what the dense layer's whole block gives; gradient as of refine_block."""
-    if tokens.block is None or not steps:
+    if not steps:
+        return compressed
+    if tokens.block is None:
+        warnings.warn(
+            f"{compressed.layer.name}: cut and refitted, but not trained: its block takes more than hidden states.",
+            stacklevel=2,
+        )
         return compressed
     return refine_block(compressed, tokens.block, gradient, steps=steps, seed=seed, rate=RATE)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ...forms import Form, SparseResidual, TensorSpec
@@ -101,9 +102,10 @@ class ResidualShareKernel(Kernel[ResidualShare]):
     def __init__(self, form: ResidualShare, setting: Setting, inner: Kernel, whole: Kernel):
         super().__init__(form, setting, inner.linear)
         self.inner, self.whole = inner, whole
+        self._on: dict[torch.device, Tensor] = {}
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        residual = self.whole.read(factors, tokens, routing)[:, list(self.form.own_rows)]
+        residual = self.whole.read(factors, tokens, routing).index_select(1, self._rows(tokens.device))
         return self.inner.read(self.form.inner_factors(factors), tokens, routing) + residual
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
@@ -117,5 +119,9 @@ class ResidualShareKernel(Kernel[ResidualShare]):
     def _widened(self, activations: Tensor) -> Tensor:
         """(pairs, width of the part) -> (pairs, width): zero where other ranks' channels are."""
         full = activations.new_zeros(len(activations), self.form.whole.width)
-        full[:, list(self.form.own_rows)] = activations
-        return full
+        return full.index_copy(1, self._rows(full.device), activations)
+
+    def _rows(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            self._on[device] = torch.tensor(self.form.own_rows, device=device)
+        return self._on[device]
