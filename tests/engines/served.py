@@ -30,6 +30,7 @@ FORMS: dict[str, tuple[str, dict]] = {
     "tight": ("biaxial", {**QUICK, "form": "tight", "steps": 20, "refine_steps": 2}),
     "reap": ("reap", QUICK),
     "one_width": ("channels", {**QUICK, "widths": "model"}),
+    "standard": ("biaxial", {**QUICK, "form": "standard", "refine_steps": 20}),
 }
 
 
