@@ -7,7 +7,6 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
 
 from moefactor.errors import UserError
 from moefactor.experts import ExpertLayer
@@ -25,8 +24,7 @@ from moefactor.forms import (
     low_rank,
 )  # fmt: skip
 from moefactor.plan import LayerPlan
-from moefactor.runtime.engine import layer_index, plans_by_index
-from moefactor.runtime.module import FactorisedExperts
+from moefactor.runtime.engine import EngineExperts, gated, layer_index, plans_by_index
 from moefactor.runtime.parallel import Share, share_of_layer
 
 EXPERTS, WIDTH, HIDDEN = 8, 16, 24
@@ -78,20 +76,8 @@ def tensors_of(plan: LayerPlan) -> dict[str, torch.Tensor]:
     return made
 
 
-class Original(nn.Module):
-    has_post_expert_norm = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.marker = nn.Parameter(torch.empty(0, dtype=torch.float32))
-
-    def _apply_gate(self, first: torch.Tensor) -> torch.Tensor:
-        gate, up = first.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * up
-
-
-def module(plan: LayerPlan, tensors: dict[str, torch.Tensor]) -> FactorisedExperts:
-    made = FactorisedExperts.replacing(Original(), plan)
+def module(plan: LayerPlan, tensors: dict[str, torch.Tensor]) -> EngineExperts:
+    made = EngineExperts(plan, torch.float32, gated("silu"))
     made.load_state_dict(tensors, assign=True)
     return made
 

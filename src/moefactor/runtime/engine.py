@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..errors import UserError
 from ..plan import LayerPlan
 from ..prediction import NAMED
-from .format import described_layers
+from .format import QUANT_METHOD, described_layers
 from .module import FactorisedExperts
 from .parallel import Share, share_of_layer
 
@@ -92,6 +92,32 @@ def plans_by_index(config: dict) -> dict[int, LayerPlan]:
     """The plans of a `quantization_config`. By index, since engines name layers in their own ways."""
     plans = {layer_index(plan.layer.name): plan for plan in described_layers(config)}
     return {index: plan for index, plan in plans.items() if index is not None}
+
+
+class FolderConfig:
+    """What engines ask a quantisation method's configuration; stands before their own base class."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.plans = plans_by_index(config)
+
+    @classmethod
+    def from_config(cls, config: dict) -> FolderConfig:
+        return cls(config)
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # it is in config.json
 
 
 @lru_cache(maxsize=1)

@@ -47,31 +47,8 @@ def register() -> None:
     log.setLevel(level)
 
 
-class MoefactorConfig(QuantizationConfig):
+class MoefactorConfig(engine.FolderConfig, QuantizationConfig):
     """`quantization_config` of a compressed folder. vLLM pickles it on its way to the engine's processes."""
-
-    def __init__(self, config: dict[str, Any]):
-        super().__init__()
-        self.config = config
-        self.plans = engine.plans_by_index(config)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> MoefactorConfig:
-        return cls(config)
-
-    def get_name(self) -> str:
-        return QUANT_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 70
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []  # it is in config.json
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Drops factors from the stream of weights; see the module's docstring."""
