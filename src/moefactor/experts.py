@@ -207,7 +207,7 @@ class CompressedExperts:
 
     def stack(self, name: str) -> Tensor:
         """(E, width, H): the matrices that a stack's factors stand for."""
-        form, factors = self.forms[name], self.factors(name)
+        form, factors = self.forms[name].expanded(self.factors(name))
         return torch.stack([form.dense(factors, expert) for expert in range(self.layer.experts)])
 
     def dense(self) -> ExpertWeights:

@@ -13,12 +13,13 @@ from .basis_mixture import BasisMixture
 from .dense import Dense
 from .fields import Fields
 from .latent import Latent
+from .quantised import Quantised
 from .ragged import Ragged
 from .residual import SparseResidual, WindowResidual
 from .shared_basis import SharedBasis
 from .shared_private import SharedPrivate
 
-__all__ = ["FLOAT", "FORMS", "INT32", "BasePlusDelta", "BasisMixture", "Dense", "Form", "Latent", "Ragged",
+__all__ = ["FLOAT", "FORMS", "INT32", "BasePlusDelta", "BasisMixture", "Dense", "Form", "Latent", "Quantised", "Ragged",
            "SharedBasis", "SharedPrivate", "SparseResidual", "TensorSpec", "WindowResidual",
            "form_from_json", "low_rank"]  # fmt: skip
 
@@ -30,6 +31,7 @@ FORMS: dict[str, type[Form]] = {
     "basis_mixture": BasisMixture,
     "base_plus_delta": BasePlusDelta,
     "latent": Latent,
+    "quantised": Quantised,
     "ragged": Ragged,
     "sparse_residual": SparseResidual,
     "window_residual": WindowResidual,

@@ -82,6 +82,15 @@ class Form(ABC):
         return self.name
 
     @property
+    def channel_tensor(self) -> str:
+        """The tensor that has a row for each channel that an expert kept; '' where there is none."""
+        return ""
+
+    def expanded(self, factors: Factors) -> tuple[Form, Factors]:
+        """The form and its tensors with nothing packed: itself, but of a quantised one what it holds."""
+        return self, factors
+
+    @property
     def mixes_bases(self) -> bool:
         """Whether a weight moves with its factor, with the mixing and with every base."""
         return False

@@ -70,6 +70,10 @@ class BasisMixture(Form):
     def kept_widths(self) -> tuple[int, ...] | None:
         return self.widths or None
 
+    @property
+    def channel_tensor(self) -> str:
+        return "private" if self.widths else ""
+
     def rows(self) -> Ragged:
         return self.ragged or super().rows()
 

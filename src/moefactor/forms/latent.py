@@ -37,6 +37,10 @@ class Latent(Form):
     def kept_widths(self) -> tuple[int, ...] | None:
         return self.inner.kept_widths
 
+    @property
+    def channel_tensor(self) -> str:
+        return self._names.get(self.inner.channel_tensor, "")
+
     def rows(self) -> Ragged:
         return self.inner.rows()
 

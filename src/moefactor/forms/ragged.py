@@ -26,6 +26,7 @@ class Ragged(Form):
     halves: int = 1
 
     name = "ragged"
+    channel_tensor = "weight"
 
     @property
     def channels(self) -> int:
