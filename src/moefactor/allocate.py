@@ -8,7 +8,7 @@ whole layer, each with slots of which one candidate is taken: the multiple-choic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .errors import UserError, required, unknown
 from .experts import ExpertLayer
-from .forms import Form, form_from_json
+from .forms import FLOAT, Form, Quantised, form_from_json
+from .forms.packing import groups, words
 from .knapsack import Alternative, Slot, knapsack
 from .plan import LayerPlan
 
@@ -24,6 +25,76 @@ RULES = ("uniform", "score", "loss")
 # Grouped GEMM wants ranks in multiples of 8; below this hidden size that would be too coarse a step, and the
 # runtime pads activations instead.
 WIDE = 512
+EXACT = ("mix", "base_columns")  # what is small, and decides much
+
+
+SHARED_BITS = 8  # of what experts share, at least: its error is every expert's
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """To how many bits what is private to an expert is rounded.
+
+    Args:
+        bits: of all of it, or 0 where every channel has its own.
+        group: neighbours that share a scale.
+    """
+
+    bits: int
+    group: int
+
+    def of(self, inner: Form, channels: Mapping[int, Sequence[int]] | None = None) -> Quantised:
+        """The form rounded.
+
+        Args:
+            channels: bits -> how many channels of each expert have them, where channels have several precisions.
+        """
+        own, bits = "" if channels is None else inner.channel_tensor, []
+        for name, spec in inner.tensors().items():
+            if name != own and spec.dtype == FLOAT and len(spec.shape) > 1 and not name.endswith(EXACT):
+                shared = name.startswith("basis") or name.endswith("base")
+                bits.append((name, max(SHARED_BITS, self.bits) if shared else self.bits))
+        kept = {b: tuple(widths) for b, widths in (channels or {}).items() if any(widths)}
+        return Quantised(
+            inner.experts, inner.width, inner.hidden, inner=inner, group=self.group, tensor_bits=tuple(sorted(bits)),
+            channels=tuple(sorted(kept.items(), reverse=True)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What numbers cost: one each, or the bits that they take.
+
+    Args:
+        rounding: what private factors are rounded to, or None.
+        in_bits: whether the budget is in bits.
+        of_float: bits of a number that is not rounded, scales among them.
+    """
+
+    rounding: Rounding | None = None
+    in_bits: bool = False
+    of_float: int = 16
+
+    @property
+    def required(self) -> Rounding:
+        return required(self.rounding, "what to round to")
+
+    def floats(self, count: float) -> float:
+        return count * self.of_float if self.in_bits else count
+
+    def row(self, count: int, bits: int | None = None) -> float:
+        """A row of `count` numbers of a private factor, in `bits` or in those of all."""
+        bits = bits or (self.rounding.bits if self.rounding else 0)
+        if not self.in_bits or not bits:
+            return self.floats(count)
+        return 32 * words(count, bits) + self.of_float * groups(count, self.required.group)
+
+    def basis(self, rows: int, count: int) -> float:
+        """`rows` rows of `count` numbers of what experts share."""
+        return rows * self.row(count, max(SHARED_BITS, self.rounding.bits) if self.rounding else None)
+
+
+PARAMETERS = Storage()
 
 
 @dataclass(frozen=True)
@@ -33,6 +104,8 @@ class Budget:
     Args:
         parameters: over all layers, what stays whatever is bought included.
         ratio: the removed share that they stand for.
+        storage: what numbers cost.
+        bits: over all layers, where the budget is in bits.
         rule: a name of RULES, or None for the method's own.
         multiple: ranks come in multiples of this; None for 8 on wide models, 1 on narrow ones, and 1 where the budget
             is too small for blocks.
@@ -42,6 +115,12 @@ class Budget:
     ratio: float
     rule: str | None = None
     multiple: int | None = None
+    storage: Storage = PARAMETERS
+    bits: int | None = None
+
+    @property
+    def available(self) -> float:
+        return self.parameters if self.bits is None else self.bits
 
     def block(self, hidden: int) -> int:
         """The multiple on a model of that hidden size."""

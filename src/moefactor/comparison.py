@@ -14,9 +14,9 @@ from .errors import UserError
 from .evaluation import evaluate
 from .files import differences, file_digest, locked, read_json, write_json
 from .identity import FACTORS, SourceRecord, maths_version, structure_digest
-from .planning import check_ratio
 from .progress import Progress, silent
 from .run_folder import RunFolder
+from .size import Size
 from .stages import Recipe, Run
 from .streaming import StreamedModel, default_device
 
@@ -53,7 +53,7 @@ def compare(
     """
     output = Path(output).expanduser()
     for ratio in ratios:
-        check_ratio(ratio)
+        Size.of(ratio)
     recipes = {c.label: Recipe.of(c.method, c.options, samples=samples, seed=seed) for c in contenders}
     if len(recipes) < len(contenders):
         raise UserError("Two contenders have one label; results could not be told apart.")
@@ -154,7 +154,7 @@ class _Runs:
             remove(folder)
         calibrated = None if shared is None else shared.folder
         stages = RunFolder(folder.with_name(folder.name + ".run"), calibrated=calibrated, seen=self.seen)
-        run = Run(self.model, replace(recipe, ratio=ratio), stages, self.progress)
+        run = Run(self.model, replace(recipe, size=Size.of(ratio)), stages, self.progress)
         if shared is not None:
             vars(run)["text"] = shared.text  # read once
         try:

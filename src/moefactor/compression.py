@@ -15,6 +15,7 @@ from .files import locked
 from .healing import heal as distil
 from .progress import Progress, silent
 from .run_folder import RunFolder
+from .size import Size
 from .stages import Recipe, Run
 from .streaming import StreamedModel, default_device
 from .text import with_own
@@ -23,7 +24,7 @@ from .text import with_own
 def compress(
     model: str,
     method: str = "biaxial",
-    ratio: float = 0.4,
+    ratio: float | None = None,
     output: str | Path = "compressed",
     *,
     calibration: str | None = None,
@@ -34,6 +35,10 @@ def compress(
     sequential: bool = True,
     allocation: str | None = None,
     rank_multiple: int | None = None,
+    bits: int | str | None = None,
+    bpw: float | None = None,
+    target_gb: float | None = None,
+    bits_group: int | None = None,
     device: torch.device | str | None = None,
     heal: int = 0,
     drop_mtp: bool = False,
@@ -49,7 +54,12 @@ def compress(
     Args:
         model: folder or hub name.
         method: a name of moefactor.METHODS; `options` are that method's.
-        ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
+        ratio: fraction of the routed experts' parameters to remove, below 1; without any size 0.4, with `bits` alone 0.
+        bits: what private factors are rounded to, 2, 3, 4, 5, 6 or 8; what experts share has 8 at least. `mixed`: every
+            channel its own, which is what happens with `bpw` or `target_gb` alone.
+        bpw, target_gb: in place of a ratio, bits for each of the experts' parameters, or gigabytes (1e9 bytes) for all
+            tensors of the checkpoint; the plan spends them where the loss rises least.
+        bits_group: neighbours that share a scale, 64 unless said otherwise.
         output: folder to write; it must not exist.
         calibration: text file, .jsonl, .json, .parquet, folder or dataset; `A:2,B:1` for several with weights; `self`
             for text that the model writes, `FILE,self` for half of each; None for `self` with biaxial, text that every
@@ -76,7 +86,8 @@ def compress(
     output = Path(output).expanduser()
     refuse_existing(output)
     recipe = Recipe.of(
-        method, options, ratio=ratio, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple,
+        method, options, size=Size.of(ratio, bits, bpw, target_gb, bits_group), sequential=sequential,
+        allocation=allocation, rank_multiple=rank_multiple,
         calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen, seed=seed,
         text_column=text_column, drop_mtp=drop_mtp, heal=heal,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from .calibrate import Calibration
 from .errors import NotFinite, UserError, located, required
 from .experts import CompressedExperts, ExpertWeights
 from .files import differences, digest_of
-from .fitting.refine import LayerTokens
+from .fitting.refine import LayerTokens, rounded
 from .identity import FACTORS
 from .methods import Method, accepted
 from .observing import layer_tokens, observe, standing_in
@@ -136,7 +136,8 @@ class _Job:
         weights = ExpertWeights.from_model_layout(layer, dict(module.named_parameters(recurse=False)))
         look = None
         if self.method.refit is not None:
-            look = partial(layer_tokens, self.model, self.plan.layers[index], weights, activations, smaller)
+            unrounded = self.plan.layers[index].unrounded  # what is trained; FactorisedExperts trains no codes
+            look = partial(layer_tokens, self.model, unrounded, weights, activations, smaller)
         return self.finish(index, weights, stats, look)
 
     def finish(
@@ -149,13 +150,16 @@ class _Job:
         name = layer_plan.layer.name
         with located(name):
             options = accepted(self.method.factorise, self.plan.options)
-            compressed = self.method.factorise(weights, stats, layer_plan, seed=seed, **options)
+            wanted = layer_plan if self.method.rounds(self.plan.options) else layer_plan.unrounded
+            compressed = self.method.factorise(weights, stats, wanted, seed=seed, **options)
             check_factors(compressed)
             refit = self.method.refit
             if refit is not None and look is not None:
                 options = accepted(refit, self.plan.options)
-                compressed = refit(weights, stats, compressed, look(), layer_plan, seed=seed, **options)
+                compressed = refit(weights, stats, compressed, look(), wanted, seed=seed, **options)
                 check_factors(compressed)
+            if compressed.forms != layer_plan.forms:
+                compressed = rounded(compressed, layer_plan.forms)
         check_made(compressed, layer_plan, self.method)
         stored = named(name, compressed.tensors, self.model.stored_dtype)
         sha256 = self.run.write_layer(index, stored | stored_routers(self.model, compressed.routers))

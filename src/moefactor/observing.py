@@ -181,7 +181,7 @@ def standing_in(
     parent_name, _, leaf = layer.name.rpartition(".")
     parent = model.model.get_submodule(parent_name)
     original = getattr(parent, leaf)
-    experts = FactorisedExperts.replacing(original, layer_plan)
+    experts = FactorisedExperts.replacing(original, layer_plan.unrounded)
     dtype = model.dtype  # what is run in need not be what is stored in
     if model.device.type == "cpu" and layer.parameter_count <= SMALL:
         dtype = torch.float32
@@ -189,6 +189,9 @@ def standing_in(
         name.removeprefix(layer.name + "."): t.to(model.device, dtype if t.is_floating_point() else None)
         for name, t in tensors.items()
     }
+    for stack, form in layer_plan.forms.items():  # dequantised once for all batches, one layer at a time
+        _, whole = form.expanded({name: factors.pop(f"{stack}_{name}") for name in form.tensors()})
+        factors |= {f"{stack}_{name}": tensor for name, tensor in whole.items()}
     experts.load_state_dict(factors, assign=True, strict=False)
     setattr(parent, leaf, experts)
     try:

@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 from .errors import UserError
 from .experts import ExpertLayer
-from .forms import Form, TensorSpec, form_from_json
+from .forms import INT32, Form, Quantised, TensorSpec, form_from_json
 
 FORMAT_VERSION = 1
 
@@ -40,6 +41,16 @@ class LayerPlan:
     def remaining(self) -> ExpertLayer:
         """The layer without the experts that were dropped."""
         return self.layer if self.kept is None else replace(self.layer, experts=len(self.kept))
+
+    @property
+    def unrounded(self) -> LayerPlan:
+        """The layer before anything of it is rounded to a few bits."""
+        forms = {n: form.inner if isinstance(form, Quantised) else form for n, form in self.forms.items()}
+        return replace(self, forms=forms)
+
+    def bits(self, of_float: int = 16) -> int:
+        """What the layer's tensors take, where floating-point numbers take `of_float` bits."""
+        return sum(prod(s.shape) * (32 if s.dtype == INT32 else of_float) for s in self.tensors().values())
 
     def parameter_count(self) -> int:
         forms = sum(form.parameter_count() for form in self.forms.values())
@@ -136,6 +147,7 @@ class Plan:
         layers: one entry a layer, in the model's order.
         expected_loss: the rise of the loss that the method expects, in nats a token, or None if it can't say.
         made_for: digests of what it was made for: the source, the calibration it goes by, the mathematics.
+        budget: bits that the experts may take, or None where the budget is a ratio.
     """
 
     model: str
@@ -146,6 +158,7 @@ class Plan:
     options: dict = field(default_factory=dict)
     expected_loss: float | None = None
     made_for: dict = field(default_factory=dict)
+    budget: int | None = None
 
     @property
     def original_count(self) -> int:
@@ -153,6 +166,10 @@ class Plan:
 
     def parameter_count(self) -> int:
         return sum(entry.parameter_count() for entry in self.layers)
+
+    def bits(self, of_float: int = 16) -> int:
+        """What the experts take, where floating-point numbers take `of_float` bits."""
+        return sum(entry.bits(of_float) for entry in self.layers)
 
     def standard(self) -> tuple[int, int] | None:
         """(experts, width) when the result is an ordinary, smaller MoE; None when it needs moefactor to run."""
@@ -169,6 +186,7 @@ class Plan:
             "method": self.method,
             "options": self.options,
             "ratio": self.ratio,
+            **({} if self.budget is None else {"budget": self.budget}),
             "seed": self.seed,
             "expert_parameters": {"before": self.original_count, "after": self.parameter_count()},
             "expected_loss": self.expected_loss,
@@ -216,6 +234,7 @@ class Plan:
             ("method", str),
             ("made_for", dict),
             ("expected_loss", float | int | None),
+            ("budget", int | None),
         ):
             if not isinstance(data.get(key, {} if key in ("options", "made_for") else None), kind):
                 raise UserError(f"{path}: {key!r} is {data[key]!r}, which is of the wrong type. Plan again.")
@@ -233,13 +252,18 @@ class Plan:
         plan = cls(
             model=data["model"], method=data["method"], options=data.get("options", {}), ratio=data["ratio"],
             seed=data["seed"], layers=tuple(LayerPlan.from_json(entries[layer.name], layer) for layer in layers),
-            expected_loss=data.get("expected_loss"), made_for=data.get("made_for", {}),
+            expected_loss=data.get("expected_loss"), made_for=data.get("made_for", {}), budget=data.get("budget"),
         )  # fmt: skip
         plan.check_budget()
         return plan
 
     def check_budget(self) -> None:
         """Raises UserError when the ranks keep more than the ratio allows (ranks edited by hand)."""
+        if self.budget is not None and self.bits() > self.budget:
+            raise UserError(
+                f"The plan takes {self.bits():,} bits for the experts, its budget is {self.budget:,}. Lower some "
+                'widths, ranks or bits, or raise "budget" in the plan (null for none).'
+            )
         if self.ratio is None:
             return
         budget = round((1 - self.ratio) * self.original_count)

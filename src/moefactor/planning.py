@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
-from .allocate import RULES, Budget
-from .errors import UserError, located, unknown
+from .allocate import RULES, Budget, Planned, Storage, TooSmall
+from .errors import UserError, located, required, unknown
 from .files import digest_of
 from .identity import FACTORS
 from .methods import Method, accepted
 from .plan import Plan
 from .progress import Progress, Steps, silent
+from .rest import rest_bytes
 from .run_folder import RunFolder
+from .size import Size
 from .streaming import StreamedModel
 
 STAGE = "plan"
+PLENTY = 5.0  # bits a parameter at which hardly a channel goes; what is removed grows by an eighth for each below
 
 
 def make_plan(
-    model: StreamedModel, method: Method, options: dict, ratio: float, *, run: RunFolder, allocation: str | None = None,
+    model: StreamedModel, method: Method, options: dict, size: Size, *, run: RunFolder, allocation: str | None = None,
     rank_multiple: int | None = None, seed: int = 0, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
     """Reads each layer's weights once (and its statistics, where the method plans by them) and spends the budget.
@@ -29,17 +33,17 @@ def make_plan(
 
     Args:
         options: complete, see Method.complete.
-        ratio: fraction of the routed experts' parameters to remove, above 0 and below 1.
+        size: how large the result may be.
         allocation: a rule of allocate.RULES, or None for the method's own.
         rank_multiple: ranks come in multiples of this; None for 8 on wide models and 1 on narrow ones.
     """
-    budget = budget_of(model, ratio, allocation, rank_multiple)
+    budget = budget_of(model, size, allocation, rank_multiple)
     needs = method.needs_to_plan(options, allocation)
     with run.opened(model):
         calibration = run.calibrated_for(model, needs, method.name)
         made_for = {**run.stamp(model, *FACTORS), "calibration": calibration and digest_of(calibration)[:32]}
         about = digest_of({
-            "method": method.name, "options": options, "seed": seed, "budget": vars(budget), "made_for": made_for,
+            "method": method.name, "options": options, "seed": seed, "budget": asdict(budget), "made_for": made_for,
         })  # fmt: skip
         steps = Steps(progress, STAGE, len(model.experts))
         priced = []
@@ -47,11 +51,52 @@ def make_plan(
             steps.detail = layer.decoder_layer
             priced.append(_priced(model, run, method, index, about, options, budget, bool(needs), seed))
             steps.tick()
-        planned = method.plan(priced, budget)
+        planned = _planned(method, options, priced, budget)
     expected = None
     if planned.loss is not None and needs and calibration is not None:
         expected = planned.loss / (calibration["samples"] * calibration["seqlen"])
-    return Plan(model.name, method.name, ratio, seed, tuple(planned.layers), options, expected, made_for)
+    return Plan(
+        model.name, method.name, size.ratio, seed, tuple(planned.layers), options, expected, made_for, budget.bits
+    )
+
+
+def _planned(method: Method, options: dict, priced: list[Any], budget: Budget) -> Planned:
+    """The plan within the budget; what private factors are rounded to is added where the method leaves it to others."""
+    if method.rounds(options):
+        return method.plan(priced, budget)
+    if budget.bits is None:
+        return _rounded(method.plan(priced, budget), budget)
+    # Such a method counts parameters: the most of them whose bits fit.
+    total = sum(p.layer.parameter_count for p in priced)
+    low, high, best = 0.0, 1.0, None
+    for share in (1.0, *[None] * 24):
+        share = (low + high) / 2 if share is None else share
+        tried = replace(budget, parameters=int(share * total), ratio=1 - share, bits=None)
+        with suppress(TooSmall):
+            planned = _rounded(method.plan(priced, tried), budget)
+            if sum(entry.bits(budget.storage.of_float) for entry in planned.layers) <= budget.bits:
+                best, low = planned, share
+                if share == 1:
+                    break
+                continue
+            high = share
+            continue
+        low = share
+    if best is None:
+        raise TooSmall(f"{method.name}: nothing it can make fits in {budget.bits / 8e9:.3f} GB of experts; allow more.")
+    return best
+
+
+def _rounded(planned: Planned, budget: Budget) -> Planned:
+    """The same with every form rounded, save what an ordinary checkpoint holds."""
+    rounding = budget.storage.rounding
+    if rounding is None or all(entry.standard() for entry in planned.layers):
+        return planned
+    layers = [
+        replace(entry, forms={stack: rounding.of(form) for stack, form in entry.forms.items()})
+        for entry in planned.layers
+    ]
+    return Planned(layers)  # what was foretold leaves rounding out
 
 
 def _priced(
@@ -72,20 +117,34 @@ def _priced(
     return method.priced(layer, found)
 
 
-def budget_of(model: StreamedModel, ratio: float, allocation: str | None, rank_multiple: int | None) -> Budget:
-    """The budget that a ratio leaves. Raises UserError for what is none."""
-    check_ratio(ratio)
+def budget_of(model: StreamedModel, size: Size, allocation: str | None, rank_multiple: int | None) -> Budget:
+    """The budget that a size leaves. Raises UserError for what is none."""
     if allocation is not None and allocation not in RULES:
         raise unknown("allocation", allocation, RULES)
     if rank_multiple is not None and rank_multiple < 1:
         raise UserError(f"--rank-multiple must be at least 1, found {rank_multiple}.")
     total = sum(layer.parameter_count for layer in model.experts)
-    return Budget(int((1 - ratio) * total), ratio, allocation, rank_multiple)
+    of_float = 8 * model.stored_dtype.itemsize
+    if size.ratio is not None:
+        storage = Storage(size.rounding, of_float=of_float)
+        return Budget(int((1 - size.ratio) * total), size.ratio, allocation, rank_multiple, storage)
+    bits = int(size.bpw * total) if size.bpw is not None else _left_of(model, size, required(size.target_gb, "a size"))
+    each = bits / total
+    if size.bits:
+        gone = max(0.0, 1 - each / (size.bits + of_float / size.group))
+    else:
+        gone = min(0.9, max(0.0, (PLENTY - each) / 8))
+    storage = Storage(size.rounding, in_bits=True, of_float=of_float)
+    return Budget(int((1 - gone) * total), gone, allocation, rank_multiple, storage, bits)
 
 
-def check_ratio(ratio: float) -> None:
-    if not 0 < ratio < 1:
-        raise UserError(
-            f"ratio must lie between 0 and 1, found {ratio}: it is the fraction of the routed experts' parameters to "
-            "remove (0.4 keeps 60 %)."
+def _left_of(model: StreamedModel, size: Size, target_gb: float) -> int:
+    """Bits that are left for the experts of a checkpoint of so many gigabytes."""
+    rest = rest_bytes(model, size.rest_bits)
+    left = int(target_gb * 1e9) - rest
+    if left <= 0:
+        raise TooSmall(
+            f"{model.name}: all but the routed experts takes {rest / 1e9:.3f} GB, so the checkpoint can't be of "
+            f"{target_gb} GB. Allow more, or store the rest in fewer bits (--rest-bits 8, or 4)."
         )
+    return 8 * left

@@ -32,6 +32,7 @@ from .plan import Plan
 from .planning import budget_of, make_plan
 from .progress import Progress, silent
 from .run_folder import RunFolder
+from .size import Size
 from .stats import GRADIENTS
 from .streaming import StreamedModel
 from .write import check_method, write_checkpoint
@@ -43,7 +44,7 @@ class Recipe:
 
     Args:
         options: the method's own, complete.
-        ratio: fraction of the routed experts' parameters to remove; None before planning.
+        size: how large the result may be; None before planning.
         sequential: calibrate each layer on what the factorised layers before it give.
         allocation, rank_multiple: see make_plan.
         calibration: text file, folder or dataset, see Calibration.read.
@@ -55,7 +56,7 @@ class Recipe:
 
     method: Method
     options: dict
-    ratio: float | None = None
+    size: Size | None = None
     sequential: bool = True
     allocation: str | None = None
     rank_multiple: int | None = None
@@ -69,9 +70,11 @@ class Recipe:
     heal: int = 0
 
     @classmethod
-    def of(cls, method: str, options: dict, **rest: Any) -> Recipe:
-        """Raises UserError for a method or an option that there is not."""
+    def of(cls, method: str, options: dict, *, ratio: float | None = None, **rest: Any) -> Recipe:
+        """`ratio` for a size that is one. Raises UserError for a method or an option that there is not."""
         chosen = get(method)
+        if ratio is not None:
+            rest["size"] = Size.of(ratio)
         return cls(chosen, chosen.complete(options), **rest)
 
     @property
@@ -81,7 +84,7 @@ class Recipe:
     def check(self) -> None:
         """Raises UserError for options that the method does not read."""
         self.method.needs_to_plan(self.options, self.allocation)
-        if not self.sequential and self.ratio is not None and not self.method.factorise_needs(self.options):
+        if not self.sequential and self.size is not None and not self.method.factorise_needs(self.options):
             raise UserError(
                 f"{self.method.name} factorises without statistics with these options; leave --no-sequential out."
             )
@@ -119,8 +122,8 @@ class Run:
 
     def check(self) -> None:
         """Raises UserError for what can be known to be wrong before anything is read."""
-        if self.recipe.ratio is not None:
-            budget_of(self.model, self.recipe.ratio, self.recipe.allocation, self.recipe.rank_multiple)
+        if self.recipe.size is not None:
+            budget_of(self.model, self.recipe.size, self.recipe.allocation, self.recipe.rank_multiple)
         self.recipe.check()
         check_method(self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp)
 
@@ -164,7 +167,7 @@ class Run:
     def plan(self) -> Plan:
         recipe = self.recipe
         return make_plan(
-            self.model, recipe.method, recipe.options, required(recipe.ratio, "a ratio"), run=self.folder,
+            self.model, recipe.method, recipe.options, required(recipe.size, "a size"), run=self.folder,
             allocation=recipe.allocation, rank_multiple=recipe.rank_multiple, seed=recipe.seed, progress=self.progress,
         )  # fmt: skip
 
@@ -199,12 +202,14 @@ class Run:
         """What was typed, or could have been."""
         recipe = self.recipe
         start = (
-            f"moefactor compress {shlex.quote(self.model.name)} --method {recipe.method.name} --ratio {recipe.ratio}"
+            f"moefactor compress {shlex.quote(self.model.name)} --method {recipe.method.name} "
+            f"{required(recipe.size, 'a size').told()}"
         )
         return f"{start} -o {shlex.quote(output.name)}"
 
 
-def planned_recipe(plan: Plan, **rest: object) -> tuple[Recipe, Plan]:
+def planned_recipe(plan: Plan, **rest: Any) -> tuple[Recipe, Plan]:
     """The recipe of a plan that was read from a file, and the plan with its options complete."""
-    recipe = Recipe.of(plan.method, plan.options, ratio=plan.ratio, **rest)
+    size = None if plan.ratio is None else Size(ratio=plan.ratio)
+    recipe = Recipe.of(plan.method, plan.options, size=size, **rest)
     return recipe, replace(plan, options=recipe.options)

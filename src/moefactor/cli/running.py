@@ -21,6 +21,7 @@ from ..healing import LABELS, Trained
 from ..healing import heal as heal_verb
 from ..plan import Plan
 from ..run_folder import RunFolder
+from ..size import Size
 from ..stages import Recipe, Run, planned_recipe
 from ..stats import STATISTICS
 from ..streaming import StreamedModel, default_device
@@ -32,21 +33,25 @@ from .shared import (
     USE,
     Allocation,
     Bars,
+    Bits,
+    BitsGroup,
+    Bpw,
     Column,
     Device,
     DropMtp,
     Dtype,
+    MaybeRatio,
     MethodName,
     Model,
     Output,
     OwnText,
     RankMultiple,
-    Ratio,
     RunOption,
     Samples,
     Seed,
     Seqlen,
     Sequential,
+    TargetGb,
     Text,
     Trust,
     app,
@@ -59,7 +64,8 @@ from .tables import comparison_table, coverage_table, plan_table, validation_tab
 
 @app.command(context_settings=METHOD_FLAGS, rich_help_panel=MAKE)
 def compress(
-    context: typer.Context, model: Model, output: Output, method: MethodName = "biaxial", ratio: Ratio = 0.4,
+    context: typer.Context, model: Model, output: Output, method: MethodName = "biaxial", ratio: MaybeRatio = None,
+    bits: Bits = None, bpw: Bpw = None, target_gb: TargetGb = None, bits_group: BitsGroup = None,
     calibration: Text = None, own_text: OwnText = None, samples: Samples = 256, seqlen: Seqlen = None, seed: Seed = 0,
     sequential: Sequential = True, allocation: Allocation = None, rank_multiple: RankMultiple = None,
     device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
@@ -79,7 +85,8 @@ def compress(
     options = method_options(context.args)
     with Bars() as bars:
         compress_verb(
-            model, method, ratio, output, calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen,
+            model, method, ratio, output, bits=bits, bpw=bpw, target_gb=target_gb, bits_group=bits_group,
+            calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen,
             seed=seed, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device,
             heal=heal, drop_mtp=drop_mtp, run=run, text_column=text_column,
             trust_remote_code=trust_remote_code, progress=bars, on_coverage=show_coverage, **options,
@@ -113,15 +120,17 @@ def calibrate(
 
 @app.command(context_settings=METHOD_FLAGS, rich_help_panel=STAGES)
 def plan(
-    context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: Ratio = 0.4,
+    context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: MaybeRatio = None,
+    bits: Bits = None, bpw: Bpw = None, target_gb: TargetGb = None, bits_group: BitsGroup = None,
     seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
     trust_remote_code: Trust = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks, write nothing.")] = False,
 ) -> None:  # fmt: skip
     """Stage 2: which layer and group gets which rank. Writes RUN/plan.json, which you may edit."""
     recipe = Recipe.of(
-        method, method_options(context.args), ratio=ratio, allocation=allocation, rank_multiple=rank_multiple, seed=seed
-    )
+        method, method_options(context.args), size=Size.of(ratio, bits, bpw, target_gb, bits_group),
+        allocation=allocation, rank_multiple=rank_multiple, seed=seed,
+    )  # fmt: skip
     with Bars() as bars, TemporaryDirectory() as nowhere:
         folder = RunFolder(nowhere if dry_run and not run.exists() else run)
         streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)

@@ -13,6 +13,7 @@ from rich.progress import Progress as RichBar
 
 from ..allocate import RULES
 from ..errors import UserError
+from ..forms.packing import BITS
 from ..methods import METHODS
 
 app = typer.Typer(
@@ -42,6 +43,31 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; m
 RunOption = Annotated[Path, typer.Option("--run", help="Run folder: statistics, plan and journal.", show_default=False)]
 MethodName = Annotated[str, typer.Option("--method", "-m", help=f"One of {', '.join(METHODS)}.")]
 Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Fraction of the experts' parameters to remove.")]
+MaybeRatio = Annotated[
+    float | None,
+    typer.Option(
+        "--ratio",
+        "-r",
+        help="Fraction of the experts' parameters to remove.",
+        show_default="0.4; 0 with --bits alone",
+    ),
+]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Bits of what is private to an expert: {', '.join(map(str, BITS))}, or mixed: every channel its own.",
+        show_default="not rounded; mixed with --bpw or --target-gb",
+    ),
+]
+Bpw = Annotated[
+    float | None,
+    typer.Option(help="In place of --ratio: bits for each of the experts' parameters.", show_default=False),
+]
+TargetGb = Annotated[
+    float | None,
+    typer.Option(help="In place of --ratio: GB (1e9 bytes) of the whole checkpoint.", show_default=False),
+]
+BitsGroup = Annotated[int | None, typer.Option(help="Neighbours that share a scale.", show_default="64")]
 Text = Annotated[
     str | None,
     typer.Option(

@@ -55,14 +55,16 @@ def spectrum(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0)
 
 
-def weighted_least_squares(target: Tensor, basis: Tensor, moment: Tensor) -> Tensor:
+def weighted_least_squares(target: Tensor, basis: Tensor, moment: Tensor, noise: float = 0.0) -> Tensor:
     """argmin_A tr (W − A B) C (W − A B)ᵀ = W C Bᵀ (B C Bᵀ)⁻¹.
 
-    target W (m, n), basis B (r, n), moment C (n, n) -> (m, r).
+    target W (m, n), basis B (r, n), moment C (n, n) -> (m, r). With `noise`, the least on average when rounding adds to
+    every entry of A something of that share of its square.
     """
     metric = moment @ basis.T  # (n, r)
     normal = basis @ metric  # (r, r)
     # 1e-12 of the mean diagonal: below what float64 resolves for the conditions met (≤ 1e10), enough for exact zeros.
+    normal.diagonal().mul_(1 + noise)
     normal.diagonal().add_(1e-12 * normal.diagonal().mean() + 1e-30)
     return torch.linalg.solve(normal, (target @ metric).T).T
 

@@ -113,6 +113,57 @@ class Metrics:
             parts.append((w @ self.input(expert) * w).sum(1))
         return 0.5 * self.sensitivity * torch.stack(parts)
 
+    def row_energies(self, side: str, group: int, ranks: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """rank (0: no basis) -> two (E, rows) of a stack: what each row loses beyond the layer's first `rank` hidden
+        directions, and the energy of which rounding costs a share.
+
+        Noise is even within a group: of a row w it costs ½ · left · Σ_groups mean(w²) · Σ diag(C), C the metric of the
+        side that experts share.
+
+        Args:
+            side: `first` or `down`.
+        """
+        whole = Cut.of(self, self.prices(), [self.layer.intermediate] * self.layer.experts)
+        if side == "first":
+            weights, metric = self.first.weights, self.input
+            left = self.sensitivity
+            project = basis = None
+            if any(ranks):
+                basis = whole.first_directions()[1]
+                project = torch.linalg.inv(basis)
+        else:
+            weights, metric = self.down.weights, self.output
+            left = torch.stack([self.count[e] * self.hidden(e).diagonal() for e in range(self.layer.experts)])
+            project = basis = None
+            if any(ranks):
+                _, basis, project = whole.down_directions()
+        found: dict[int, tuple[list[Tensor], list[Tensor]]] = {rank: ([], []) for rank in ranks}
+        for expert, rows in enumerate(weights):
+            rows, moment = rows.float(), metric(expert).float()
+            half = 0.5 * left[expert].unsqueeze(1).float()
+            for based in sorted({bool(rank) for rank in ranks}):
+                if based:
+                    assert basis is not None
+                    assert project is not None
+                    rows, own = rows @ project.float(), ((basis.float() @ moment) * basis.float()).sum(1)
+                else:
+                    own = moment.diagonal()
+                energy = (half * rows.square() * own).cumsum(1)
+                even = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+                noise = even.square().mean(2, keepdim=True).expand_as(even).flatten(1)[:, : rows.shape[1]]
+                noise = (half * noise * own).cumsum(1)
+                for each in ranks:
+                    if bool(each) == based:
+                        last = (each or rows.shape[1]) - 1
+                        found[each][0].append((energy[:, -1] - energy[:, last]).double())
+                        found[each][1].append(noise[:, last].double())
+        return {rank: (torch.stack(lost), torch.stack(noise)) for rank, (lost, noise) in found.items()}
+
+    def channel_energies(self, group: int) -> Tensor:
+        """(E, I): the energy of a channel's rows of which rounding costs a share."""
+        first = self.row_energies("first", group, [0])[0][1]
+        return first.unflatten(1, (self.halves, -1)).sum(1) + self.row_energies("down", group, [0])[0][1]
+
     def first_cost(self, expert: int, rows: Tensor, change: Tensor) -> float:
         """Of a change (n, H) of some rows of gate and up."""
         weighted = self.sensitivity[expert][rows].unsqueeze(1) * change
@@ -160,7 +211,7 @@ def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
 class Cut:
     """A layer with some channels taken out: what is left of it and what its directions are worth.
 
-    kept: channels of each expert, ascending.  down: (w_e, H) of each expert, refitted.
+    kept: channels of each expert.  down: (w_e, H) of each expert, refitted.
     """
 
     metrics: Metrics
@@ -168,8 +219,11 @@ class Cut:
     down: list[Tensor]
 
     @classmethod
-    def of(cls, metrics: Metrics, prices: Tensor, widths: list[int]) -> Cut:
+    def of(cls, metrics: Metrics, prices: Tensor, widths: list[int], order: Tensor | None = None) -> Cut:
+        """The dearest channels of every expert; `order` (E, I): with the highest first, in place of ascending."""
         kept = [p.topk(w).indices.sort().values for p, w in zip(prices, widths, strict=True)]
+        if order is not None:
+            kept = [k[o[k].argsort(descending=True)] for k, o in zip(kept, order, strict=True)]
         return cls(metrics, kept, [metrics.refitted_down(e, k) for e, k in enumerate(kept)])
 
     def first_rows(self) -> list[Tensor]:

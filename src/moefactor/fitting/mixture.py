@@ -35,6 +35,8 @@ class Problem:
     level: what the weights were divided by, for the caller to remember.
     triangles: solve for A by two triangular systems; over many small matrices on a CPU in two fifths of the time of
         cholesky_solve, and other in the last bits.
+    noise: variance of what rounding adds to A_e, over the square of what it is added to. The loss is then what is
+        expected of rounded factors: without it, factors that rounding ruins are fitted, large ones that cancel.
     """
 
     weights: Tensor
@@ -43,6 +45,7 @@ class Problem:
     left: Tensor | None = None
     level: float = 1.0
     triangles: bool = False
+    noise: float = 0.0
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,9 +55,9 @@ class Problem:
         """(E, width, r): argmin over A_e, whatever L is. bases (E, r, H)."""
         metric = bases.transpose(1, 2) if self.right is None else self.right @ bases.transpose(1, 2)  # (E, H, r)
         normal = bases @ metric
-        ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1)
-        ridge = ridge.clamp(min=1e-30)
-        normal = normal + torch.diag_embed(ridge.unsqueeze(1).expand(-1, normal.shape[1]))
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        ridge = (RIDGE * diagonal.mean(1, keepdim=True)).clamp(min=1e-30) + self.noise * diagonal
+        normal = normal + torch.diag_embed(ridge)
         factor, info = torch.linalg.cholesky_ex(normal)
         if info.any():
             factor = _lifted_cholesky(normal, info)
@@ -65,7 +68,18 @@ class Problem:
 
     def loss(self, private: Tensor, bases: Tensor) -> Tensor:
         """Relative squared error in the metrics; private (E, width, r), bases (E, r, H)."""
-        return self._energy(self.weights - private @ bases) / self.scale
+        lost = self._energy(self.weights - private @ bases)
+        return (lost + self.noise * self.rounding_energy(private, bases) if self.noise else lost) / self.scale
+
+    def rounding_energy(self, private: Tensor, bases: Tensor) -> Tensor:
+        """Σ_e Σ_rows Σ_r L_e A² (B C_e Bᵀ)_rr, of which rounding A costs the share `noise`."""
+        metric = bases if self.right is None else bases @ self.right
+        weight = (metric * bases).sum(2)  # (E, r)
+        squares = private.square()
+        if self.left is not None:
+            diagonal = self.left if self.left.ndim == 2 else self.left.diagonal(dim1=1, dim2=2)
+            squares = diagonal.unsqueeze(2) * squares
+        return (squares.sum(1) * weight).sum()
 
     def _energy(self, rows: Tensor) -> Tensor:
         other = rows if self.right is None else rows @ self.right

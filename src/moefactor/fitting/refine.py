@@ -15,13 +15,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..errors import NotFinite
 from ..experts import CompressedExperts, ExpertLayer
+from ..forms import Form, Quantised
 from ..routing import Routing
 from .descent import Kept, descend
+from .rounding import grids, packed
 
 RATE = 0.006  # of each tensor's root mean square
+ROUNDED_RATE = 0.001  # the same while values are rounded: at 0.006 they jump between levels and end worse than before
 BATCH = 4096  # tokens a step
 PART = 1024  # tokens at a time: what a backward pass keeps of them is the most that refining holds
 HELD_OUT = 17  # one token in so many decides what is kept: a prime, or they would be the first of every window
@@ -113,6 +117,68 @@ def refine(
         return compressed
     tensors = {name: state.get(name, tensor) for name, tensor in compressed.tensors.items()}
     return replace(compressed, tensors=tensors, curves=compressed.curves | {"refine": curve})
+
+
+def refine_rounded(
+    compressed: CompressedExperts, forms: Mapping[str, Form], tokens: LayerTokens, gradient: Tensor, *, steps: int,
+    seed: int,
+) -> CompressedExperts:  # fmt: skip
+    """The layer in its quantised forms, scales and what is rounded trained together on its tokens (Straight); never
+    worse on the held-out ones than rounded to the nearest.
+
+    Args:
+        compressed: in the forms that those of `forms` hold.
+        gradient: (H, H), as of refine.
+    """
+    module = tokens.module(compressed.tensors)
+    levels = {
+        f"{stack}_{name}": grid
+        for stack, form in forms.items()
+        if isinstance(form, Quantised)
+        for name, grid in grids(form).items()
+    }
+    trained = {n: p for n, p in module.named_parameters() if n in compressed.tensors and p.is_floating_point()}
+    scales = {n: nn.Parameter(grid.scales(trained[n].detach())) for n, grid in levels.items()}
+
+    def values() -> dict[str, Tensor]:
+        return {n: levels[n].rounded(p, scales[n]) if n in levels else p for n, p in trained.items()}
+
+    parts = (tokens.inputs, tokens.index, tokens.weight)
+
+    def given(chosen: Tensor) -> Tensor:
+        inputs, index, weight = (part[chosen] for part in parts)
+        out: Tensor = functional_call(module, values(), (inputs.float(), index, weight))
+        return out
+
+    every = trained | {f"{n}_scale": scale for n, scale in scales.items()}
+    state, curve = improved(
+        every, given, partial(_through, tokens.dense, parts), gradient, len(tokens.inputs), steps=steps, seed=seed,
+        rate=ROUNDED_RATE,
+    )  # fmt: skip
+    state = state or {}
+    tensors = {name: state.get(name, tensor) for name, tensor in compressed.tensors.items()}
+    known = {n: state.get(f"{n}_scale", scale) for n, scale in scales.items()} if state else {}
+    result = replace(compressed, tensors=tensors, curves=compressed.curves | {"rounded": curve})
+    return rounded(result, forms, known)
+
+
+def rounded(
+    compressed: CompressedExperts, forms: Mapping[str, Form], scales: Mapping[str, Tensor] | None = None
+) -> CompressedExperts:
+    """The layer in its quantised forms.
+
+    Args:
+        forms: what the layer is to be stored in; those that are quantised hold what it has now.
+        scales: `{stack}_{tensor}` -> of those tensors for which they are known; searched otherwise.
+    """
+    tensors = dict(compressed.tensors)
+    for stack, form in forms.items():
+        if not isinstance(form, Quantised):
+            continue
+        factors = {name: tensors.pop(f"{stack}_{name}") for name in form.inner.tensors()}
+        known = {n: scales[f"{stack}_{n}"] for n in factors if f"{stack}_{n}" in scales} if scales else None
+        tensors |= {f"{stack}_{name}": tensor for name, tensor in packed(form, factors, known).items()}
+    return replace(compressed, forms=dict(forms), tensors=tensors)
 
 
 def refine_block(

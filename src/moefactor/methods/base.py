@@ -62,6 +62,7 @@ class Method:
     refit: Callable[..., CompressedExperts] | None = None
     own_text: float = 0.0
     standard: Callable[[dict], str] = lambda options: ""
+    rounds: Callable[[dict], bool] = lambda options: False
 
     def needs_to_plan(self, options: dict, allocation: str | None) -> set[str]:
         """Statistics that planning reads; the rule `loss` ranks gains in the norm that factorising will use."""

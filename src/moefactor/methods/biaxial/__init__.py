@@ -37,13 +37,15 @@ from ...fitting.channels import kept_biases, width_of_atoms
 from ...fitting.linalg import weighted_least_squares
 from ...fitting.metrics import Cut, Metrics, relative_first_error, solve_down
 from ...fitting.mixture import mixed
-from ...fitting.refine import LayerTokens, refine
-from ...forms import BasisMixture, Form, Latent
+from ...fitting.refine import LayerTokens, refine, refine_rounded, rounded
+from ...fitting.rounding import relative_noise
+from ...forms import BasisMixture, Form, Latent, Quantised
 from ...plan import LayerPlan
 from ...stats import LayerStats
 from ..base import Method, options_of
 from .mixtures import fit_mixture, mixture_problem
 from .planning import SHARES, FormName, Table, layer_table, plan_tables
+from .precision import Precisions, is_mixed, plan_precisions, precisions
 from .standard import STEPS as STANDARD_STEPS
 from .standard import Shapes, cut_experts, plan_shapes, shapes, train
 
@@ -63,7 +65,7 @@ def price(
     weights: ExpertWeights, stats: LayerStats | None, budget: Budget, *, seed: int, form: FormName = "fast",
     shrinkage: float = 0.5, doubt: float = -1.0, channel_share: float = -1.0, data_free: bool = False,
     width_multiple: int | None = None, latent: bool = False, experts_multiple: int = 1,
-) -> Table | Shapes:  # fmt: skip
+) -> Table | Shapes | Precisions:  # fmt: skip
     """What the layer can become, and what each of it is estimated to cost.
 
     Args:
@@ -86,6 +88,10 @@ def price(
     multiple, hidden = budget.block(weights.layer.hidden), weights.layer.hidden
     if multiple > hidden:
         raise UserError(f"--rank-multiple must be at most the hidden size, {hidden}, found {multiple}.")
+    storage = budget.storage
+    mixed_bits = storage.rounding is not None and not storage.rounding.bits
+    if mixed_bits and (form != "fast" or latent):
+        raise UserError("biaxial: channels of several precisions are of --form fast; give --bits 2, 3, 4, 5, 6 or 8.")
     if doubt < 0:
         doubt = DOUBT * min(1.0, budget.ratio / DOUBTFUL) ** 2
     if data_free and channel_share < 0:
@@ -95,20 +101,28 @@ def price(
         if form == "standard":
             believed = Metrics(weights, seen, _fraction("doubt", doubt))
             return shapes(believed, budget, width_multiple, experts_multiple)
+        if form == "fast" and storage.rounding and not latent and channel_share < 0:
+            believed = Metrics(weights, seen, _fraction("doubt", doubt))
+            block = width_of_atoms(width_multiple, weights.layer)
+            return precisions(believed, block, storage.rounding.group, multiple)
         return layer_table(
             Metrics(weights, seen, _fraction("shrinkage", shrinkage)),
             Metrics(weights, seen, _fraction("doubt", doubt)),
             SHARES if channel_share < 0 else (channel_share,), form, multiple, PROBING_SEED,
-            block=width_of_atoms(width_multiple, weights.layer), latent=latent,
+            block=width_of_atoms(width_multiple, weights.layer), latent=latent, storage=storage,
         )  # fmt: skip
 
 
-def plan_priced(priced: list[Table] | list[Shapes], budget: Budget) -> Planned:
+def plan_priced(priced: list[Table] | list[Shapes] | list[Precisions], budget: Budget) -> Planned:
     """One plan for every layer; which search it takes shows in how they were priced."""
-    return plan_shapes(priced, budget) if isinstance(priced[0], Shapes) else plan_tables(priced, budget)
+    if isinstance(priced[0], Shapes):
+        return plan_shapes(priced, budget)
+    return plan_precisions(priced, budget) if isinstance(priced[0], Precisions) else plan_tables(priced, budget)
 
 
-def read_priced(layer: ExpertLayer, data: dict) -> Table | Shapes:
+def read_priced(layer: ExpertLayer, data: dict) -> Table | Shapes | Precisions:
+    if "precisions" in data:
+        return Precisions.from_json(layer, data)
     return Table.from_json(layer, data) if "rows" in data else Shapes.from_json(layer, data)
 
 
@@ -116,7 +130,7 @@ def factorise(
     weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, *, seed: int, shrinkage: float = 0.5,
     steps: int = 600, data_free: bool = False, form: FormName = "fast",
 ) -> CompressedExperts:  # fmt: skip
-    """The layer from its statistics alone.
+    """The layer from its statistics alone, not yet rounded where the plan says that it will be.
 
     Args:
         shrinkage: weight of the unseen in the fits, 0 to 1 (Metrics.damping). Text unlike what the model will read
@@ -128,6 +142,7 @@ def factorise(
         return cut_experts(weights, Metrics(weights, seen, _fraction("shrinkage", shrinkage)), plan)
     cut = _cut(weights, seen, plan, shrinkage)
     name = layer.first_stack
+    noises, plan = _noises(cut, plan), plan.unrounded
     first = plan.forms[name]
     rows, tensors, curves = cut.first_rows(), {}, {}
     rebuilt = rows
@@ -138,7 +153,7 @@ def factorise(
         tensors[f"{name}_basis"] = basis
     elif isinstance(first, BasisMixture):
         solution, experts = fit_mixture(
-            mixture_problem(cut, "first", first.activation), first.bases, first.rank, steps, seed
+            mixture_problem(cut, "first", first.activation, noises[name]), first.bases, first.rank, steps, seed
         )
         tensors[f"{name}_basis"], tensors[f"{name}_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
         rebuilt = [experts[e][: len(w)].double() for e, w in enumerate(rows)]
@@ -147,11 +162,11 @@ def factorise(
     tensors[_private(first, name)] = torch.cat(rows)
     down_form = plan.forms["down"]
     if isinstance(down_form, BasisMixture):
-        problem = mixture_problem(cut, "down", down_form.activation)
+        problem = mixture_problem(cut, "down", down_form.activation, noises["down"])
         solution, _ = fit_mixture(problem, down_form.bases, down_form.rank, steps, seed)
         tensors["down_basis"], tensors["down_mix"] = solution.parameters[0].unsqueeze(0), solution.parameters[1]
         curves["down"] = solution.curve
-    tensors |= _down_tensors(cut, plan, tensors)
+    tensors |= _down_tensors(cut, plan, tensors, noises["down"])
     if layer.biased:
         biases = [kept_biases(weights, e, k, layer.intermediate) for e, k in enumerate(cut.kept)]
         tensors |= {"first_bias": torch.stack(biases), "down_bias": required(weights.down_bias, "down_bias")}
@@ -161,9 +176,10 @@ def factorise(
 
 def refit(
     weights: ExpertWeights, stats: LayerStats, compressed: CompressedExperts, tokens: LayerTokens, plan: LayerPlan, *,
-    seed: int, shrinkage: float = 0.5, refine_steps: int = -1, form: FormName = "fast",
+    seed: int, shrinkage: float = 0.5, refine_steps: int = -1, rounded_steps: int = 150, form: FormName = "fast",
 ) -> CompressedExperts:  # fmt: skip
-    """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py.
+    """Down again, from what the compressed experts make of the layer's tokens, then `refine_steps` of refine.py, and
+    where the plan rounds `rounded_steps` more while values are rounded.
 
     Args:
         refine_steps: negative: 150, and of `standard`, which trains the router with its experts, 300.
@@ -181,16 +197,36 @@ def refit(
         if k and stats.count[expert] > 0:
             original = cut.metrics.down.weights[expert][cut.kept[expert]].double()
             cut.down[expert] = solve_down(moment[:k, :k], cross[:k], original, float(stats.count[expert]))
-    tensors = compressed.tensors | _down_tensors(cut, plan, compressed.tensors)
-    compressed = CompressedExperts(weights.layer, dict(plan.forms), tensors, compressed.errors, compressed.curves)
-    if not refine_steps:
+    forms = plan.unrounded.forms
+    tensors = compressed.tensors | _down_tensors(cut, plan.unrounded, compressed.tensors, _noises(cut, plan)["down"])
+    compressed = CompressedExperts(weights.layer, dict(forms), tensors, compressed.errors, compressed.curves)
+    gradient = cut.metrics.pooled_output()
+    if refine_steps:
+        compressed = refine(compressed, tokens, gradient, steps=refine_steps, seed=seed)
+    if forms == plan.forms:
         return compressed
-    return refine(compressed, tokens, cut.metrics.pooled_output(), steps=refine_steps, seed=seed)
+    if not rounded_steps:
+        return rounded(compressed, plan.forms)
+    return refine_rounded(compressed, plan.forms, tokens, gradient, steps=rounded_steps, seed=seed)
 
 
 def _cut(weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, shrinkage: float) -> Cut:
     metrics = Metrics(weights, stats, _fraction("shrinkage", shrinkage))
-    return Cut.of(metrics, metrics.prices(), list(plan.forms["down"].rows().widths))
+    down = plan.forms["down"]
+    # Channels of most bits come first.
+    order = metrics.channel_energies(down.group) if isinstance(down, Quantised) and is_mixed(down) else None
+    return Cut.of(metrics, metrics.prices(), list(down.rows().widths), order)
+
+
+def _noises(cut: Cut, plan: LayerPlan) -> dict[str, float]:
+    """Stack -> what rounding adds to its private factors, over their squares."""
+    found = dict.fromkeys(plan.forms, 0.0)
+    for stack, form in plan.forms.items():
+        bits = form.precision(form.channel_tensor) if isinstance(form, Quantised) else 0
+        if isinstance(form, Quantised) and bits:
+            weights = cut.metrics.down.weights if stack == "down" else cut.metrics.first.weights
+            found[stack] = relative_noise(weights, form.group)[bits]
+    return found
 
 
 def _private(form: Form, stack: str) -> str:
@@ -198,8 +234,9 @@ def _private(form: Form, stack: str) -> str:
     return f"{stack}_private" if form.mixes_bases else f"{stack}_weight"
 
 
-def _down_tensors(cut: Cut, plan: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What down's form stores for the cut's rows; of a mixture `tensors` has the bases already."""
+def _down_tensors(cut: Cut, plan: LayerPlan, tensors: dict[str, Tensor], noise: float) -> dict[str, Tensor]:
+    """What down's form stores for the cut's rows; of a mixture `tensors` has the bases already, and its private factors
+    are fitted for the noise that rounding adds."""
     form, rows = plan.forms["down"], cut.down
     if isinstance(form, Latent):
         _, basis, inward = cut.down_directions()
@@ -207,7 +244,7 @@ def _down_tensors(cut: Cut, plan: LayerPlan, tensors: dict[str, Tensor]) -> dict
     if isinstance(form, BasisMixture):
         bases = mixed(tensors["down_mix"], tensors["down_basis"][0], form.activation).double()
         rows = [
-            weighted_least_squares(d, bases[e], cut.metrics.output(e)) if len(d) else d.new_zeros(0, form.rank)
+            weighted_least_squares(d, bases[e], cut.metrics.output(e), noise) if len(d) else d.new_zeros(0, form.rank)
             for e, d in enumerate(rows)
         ]
         rows = [row.to(tensors["down_basis"].dtype) for row in rows]
@@ -235,5 +272,6 @@ METHOD = Method(
     rule=None,
     refit=refit,
     own_text=0.5,
+    rounds=lambda options: options["form"] != "standard",
     standard=lambda options: "both" if options["form"] == "standard" else "",
 )

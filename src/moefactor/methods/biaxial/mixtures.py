@@ -61,17 +61,19 @@ def highest_rank(side: Side, mean: float, hidden: int) -> float:
 
 
 def mixture_prices(
-    believed: Metrics, cut_at: Callable[[float], Cut], shares: tuple[float, ...], side: Side, activation: str, seed: int
-) -> MixturePrices:
+    believed: Metrics, cut_at: Callable[[float], Cut], shares: tuple[float, ...], side: Side, activation: str,
+    seed: int, noise: float = 0.0,
+) -> MixturePrices:  # fmt: skip
     """From short fits to a stack of a layer.
 
     Args:
         believed: the metrics that the loss is measured in; those of the cut are what is fitted in.
         cut_at: share of the channels gone -> the layer without them.
         shares: where to fit; most of it is done at the first.
+        noise: see Problem; what rounding costs is then a part of the loss.
     """
     share, *others = shares
-    probe = Probe(believed, cut_at(share), side, activation, seed)
+    probe = Probe(believed, cut_at(share), side, activation, seed, noise)
     # Ranks of a small stack can round to the same; more bases include fewer, so that fewer gain less.
     knots = ((0.0, 0.0), *sorted(dict(probe.log_loss(rank, MANY) for rank in RANKS[side]).items()))
     middle, log = knots[len(knots) // 2]
@@ -79,7 +81,7 @@ def mixture_prices(
     del probe  # two at a time would hold the moments of all experts twice
     found = [*prices.shares]
     for other in others:
-        rank, log = Probe(believed, cut_at(other), side, activation, seed).log_loss(middle, MANY)
+        rank, log = Probe(believed, cut_at(other), side, activation, seed, noise).log_loss(middle, MANY)
         factor = log / min(-1e-6, prices.log_loss(rank, MANY, share))
         found.append((other, min(MOST, max(1 / MOST, factor))))
     return replace(prices, shares=tuple(sorted(found)))
@@ -88,10 +90,10 @@ def mixture_prices(
 class Probe:
     """Fits to one stack of one cut."""
 
-    def __init__(self, believed: Metrics, cut: Cut, side: Side, activation: str, seed: int):
+    def __init__(self, believed: Metrics, cut: Cut, side: Side, activation: str, seed: int, noise: float = 0.0):
         self.believed, self.cut, self.side, self.seed = believed, cut, side, seed
         self.rows = cut.first_rows() if side == "first" else cut.down
-        self.problem = mixture_problem(cut, side, activation)
+        self.problem = mixture_problem(cut, side, activation, noise)
         self.energy = max(cost_of(believed, cut, side, self.rows), 1e-30)
         self.hidden = believed.layer.hidden
         mean = max(1e-9, sum(len(k) for k in cut.kept) / believed.layer.experts)
@@ -106,9 +108,15 @@ class Probe:
 
     def fitted(self, rank: int, bases: int, steps: int) -> float:
         """log(relative loss) that a fit comes to."""
-        _, rebuilt = fit_mixture(self.problem, bases, rank, steps, self.seed)
+        solution, rebuilt = fit_mixture(self.problem, bases, rank, steps, self.seed)
         changes = (r - f[: len(r)].to(r) for r, f in zip(self.rows, rebuilt, strict=True))
-        return math.log(max(cost_of(self.believed, self.cut, self.side, changes) / self.energy, 1e-12))
+        relative = cost_of(self.believed, self.cut, self.side, changes) / self.energy
+        if self.problem.noise:
+            basis, mix = solution.parameters
+            private = solution.private / self.problem.level
+            energy = self.problem.rounding_energy(private, mixed(mix, basis, self.problem.activation))
+            relative += self.problem.noise * float(energy) / self.problem.scale
+        return math.log(max(relative, 1e-12))
 
 
 def _through(knots: tuple[tuple[float, float], ...], x: float) -> float:
@@ -133,8 +141,9 @@ def cost_of(metrics: Metrics, cut: Cut, side: Side, changes: Iterable[Tensor]) -
     )
 
 
-def mixture_problem(cut: Cut, side: Side, activation: str) -> Problem:
-    """What a mixture is fitted to: the rows left of each expert, zeros behind them, in the metrics of the cut."""
+def mixture_problem(cut: Cut, side: Side, activation: str, noise: float = 0.0) -> Problem:
+    """What a mixture is fitted to: the rows left of each expert, zeros behind them, in the metrics of the cut; noise,
+    see Problem."""
     metrics = cut.metrics
     if side == "first":
         rows = cut.first_rows()
@@ -156,7 +165,7 @@ def mixture_problem(cut: Cut, side: Side, activation: str) -> Problem:
     deviation = padded[padded != 0].std() if (padded != 0).sum() > 1 else torch.tensor(1.0)
     lefts = lefts / lefts.abs().max().clamp(min=1e-30)
     level = float(deviation.clamp(min=1e-12))
-    return Problem(padded / level, activation, right=rights, left=lefts.float(), level=level)
+    return Problem(padded / level, activation, right=rights, left=lefts.float(), level=level, noise=noise)
 
 
 def fit_mixture(problem: Problem, bases: int, rank: int, steps: int, seed: int) -> tuple[Solution, Tensor]:

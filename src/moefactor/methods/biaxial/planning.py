@@ -14,16 +14,18 @@ The loss of channels and of one basis is in closed form; that of a mixture is fo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...allocate import Budget, Planned, TooSmall
+from ...allocate import PARAMETERS, Budget, Planned, Storage, TooSmall
 from ...experts import ExpertLayer
 from ...fitting.channels import ragged_forms
 from ...fitting.metrics import Cut, Metrics
+from ...fitting.rounding import relative_noise
 from ...forms import BasisMixture, Form, Latent
 from ...knapsack import Alternative, Slot, improve, knapsack
 from ...plan import LayerPlan
@@ -41,10 +43,11 @@ FRONT = 100
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a stack can become; rank 0: as it is, bases 0: one linear basis.  activation: of a mixture."""
+    """What a stack can become; rank 0: as it is, bases 0: one linear basis.  cost: parameters, or bits where the budget
+    is in them.  activation: of a mixture."""
 
     loss: float
-    cost: int
+    cost: float
     rank: int = 0
     bases: int = 0
     activation: str = "silu"
@@ -100,7 +103,8 @@ class Table:
 
 def plan_tables(tables: list[Table], budget: Budget) -> Planned:
     """The plans of least estimated loss, channels that are left over bought back last."""
-    available = budget.parameters - sum(table.layer.bias_count for table in tables)
+    storage = budget.storage
+    available = int(budget.available - storage.floats(sum(table.layer.bias_count for table in tables)))
     choices = knapsack([[row.alternative() for row in table.rows] for table in tables], available)
     if choices is None:
         raise TooSmall(
@@ -111,12 +115,14 @@ def plan_tables(tables: list[Table], budget: Budget) -> Planned:
         {stack: cs[i] for (stack, cs), i in zip(row.offers.items(), indices, strict=True)}
         for row, (_, indices) in zip(rows, choices, strict=True)
     ]
-    left = available - sum(candidate.cost for stacks in chosen for candidate in stacks.values())
-    widths = _buy_channels(tables, rows, chosen, left)
-    plans = [
-        LayerPlan(table.layer, forms_of(table.layer, tuple(kept), stacks))
-        for table, kept, stacks in zip(tables, widths, chosen, strict=True)
-    ]
+    left = int(available - sum(candidate.cost for stacks in chosen for candidate in stacks.values()))
+    widths = _buy_channels(tables, rows, chosen, left, storage)
+    plans = []
+    for table, kept, stacks in zip(tables, widths, chosen, strict=True):
+        forms = forms_of(table.layer, tuple(kept), stacks)
+        if storage.rounding:
+            forms = {stack: storage.rounding.of(form) for stack, form in forms.items()}
+        plans.append(LayerPlan(table.layer, forms))
     lost = sum(row.removed + sum(c.loss for c in stacks.values()) for row, stacks in zip(rows, chosen, strict=True))
     return Planned(plans, lost)
 
@@ -128,7 +134,7 @@ def _highest_ratio(tables: list[Table]) -> float:
 
 
 def _buy_channels(
-    tables: list[Table], rows: list[Row], chosen: list[dict[str, Candidate]], left: int
+    tables: list[Table], rows: list[Row], chosen: list[dict[str, Candidate]], left: int, storage: Storage
 ) -> list[list[int]]:
     """The widths once the dearest blocks of channels are back, for a parameter, as many as the budget holds."""
     slots = []
@@ -136,7 +142,7 @@ def _buy_channels(
         layer, block = table.layer, table.block
         halves = {"down": 1, BOTH: len(layer.projections)}
         each = sum(
-            halves.get(stack, len(layer.projections) - 1) * (candidate.rank or layer.hidden)
+            halves.get(stack, len(layer.projections) - 1) * storage.row(candidate.rank or layer.hidden)
             for stack, candidate in stacks.items()
         )
         for prices, width in zip(table.prices.sort(dim=1, descending=True).values, row.widths, strict=True):
@@ -169,7 +175,7 @@ def forms_of(layer: ExpertLayer, widths: tuple[int, ...], chosen: dict[str, Cand
 
 def layer_table(
     fitted: Metrics, believed: Metrics, shares: tuple[float, ...], form: FormName, multiple: int, seed: int, *,
-    block: int = 1, latent: bool = False,
+    block: int = 1, latent: bool = False, storage: Storage = PARAMETERS,
 ) -> Table:  # fmt: skip
     """What a layer can become.
 
@@ -178,6 +184,7 @@ def layer_table(
         shares: of the layer's channels to take out, a row for each.
         multiple, block: ranks and experts' widths are multiples of these.
         latent: one rank for both stacks.
+        storage: what a candidate costs, and the bits that it is rounded to, which is a part of its loss.
     """
     layer = fitted.layer
     prices, energy = fitted.prices(), believed.first_energy()
@@ -186,11 +193,15 @@ def layer_table(
     def cut_at(share: float) -> Cut:
         return Cut.of(fitted, prices, widths_at(blocks, share, block))
 
+    noises = None
+    if storage.rounding:
+        noises = {side: Noise.of(believed, side, storage, multiple) for side in ("first", "down")}
     foretold: dict[Side, MixturePrices] = {}
     if form in MIXING and layer.experts >= LEAST_EXPERTS:
         probed = shares if len(shares) == 1 else PROBED
         for side in ("first", "down"):
-            foretold[side] = mixture_prices(believed, cut_at, probed, side, MIXING[form], seed)
+            noise = noises[side].share if noises else 0.0
+            foretold[side] = mixture_prices(believed, cut_at, probed, side, MIXING[form], seed, noise)
     rows = []
     for share in shares:
         cut = cut_at(share)
@@ -203,9 +214,12 @@ def layer_table(
             ("first", layer.first_stack, fitted.halves, cut.first_directions(believed)[0], first_energy),
             ("down", "down", 1, cut.down_directions(believed)[0], down_energy),
         ):
-            offers[stack] = _latents(layer, halves * kept, directions, multiple)
+            rounding = noises[side].over_ranks(cut.kept, halves) if noises else None
+            offers[stack] = _latents(layer, halves * kept, directions, multiple, storage, rounding)
             if side in foretold:
-                offers[stack] += _mixtures(layer, halves, kept, whole, foretold[side], side, multiple, MIXING[form])
+                offers[stack] += _mixtures(
+                    layer, halves, kept, whole, foretold[side], side, multiple, MIXING[form], storage
+                )
         if latent:
             offers = {BOTH: _of_one_rank(*offers.values())}
         rows.append(Row(widths, removed, {stack: _front(candidates) for stack, candidates in offers.items()}))
@@ -241,12 +255,53 @@ def _down_costs(believed: Metrics, cut: Cut) -> tuple[float, float]:
     return removed, energy
 
 
-def _latents(layer: ExpertLayer, rows: int, directions: Tensor, multiple: int) -> list[Candidate]:
-    """As it is, and one basis of every rank."""
+@dataclass(frozen=True)
+class Noise:
+    """What rounding a stack to the bits of all costs.  share: of the energy that it costs a share of.  energies: rank
+    (0: no basis) -> (E, rows), see Metrics.row_energies."""
+
+    share: float
+    energies: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, metrics: Metrics, side: str, storage: Storage, multiple: int) -> Noise:
+        hidden, rounding = metrics.layer.hidden, storage.required
+        ranks = sorted({max(multiple, hidden * n // 8 // multiple * multiple) for n in range(1, 9)} | {0})
+        stack = metrics.first if side == "first" else metrics.down
+        share = relative_noise(stack.weights, rounding.group)[rounding.bits]
+        energies = metrics.row_energies(side, rounding.group, ranks)
+        return cls(share, {rank: noise for rank, (_, noise) in energies.items()})
+
+    def over_ranks(self, kept: list[Tensor], halves: int) -> Callable[[int], float]:
+        """rank -> the loss when the channels that are kept are rounded; straight lines between the ranks known."""
+        known = {}
+        for rank, energy in self.energies.items():
+            of_channels = energy.unflatten(1, (halves, -1)).sum(1)
+            known[rank] = self.share * float(sum(of_channels[e][k].sum() for e, k in enumerate(kept)))
+        plain = known.pop(0)
+        knots = sorted({0: 0.0, **known}.items())
+
+        def at(rank: int) -> float:
+            if not rank:
+                return plain
+            upper = next((i for i in range(1, len(knots)) if rank <= knots[i][0]), len(knots) - 1)
+            (x0, y0), (x1, y1) = knots[upper - 1], knots[upper]
+            return y0 + (y1 - y0) * (rank - x0) / (x1 - x0)
+
+        return at
+
+
+def _latents(
+    layer: ExpertLayer, rows: int, directions: Tensor, multiple: int, storage: Storage,
+    noise: Callable[[int], float] | None,
+) -> list[Candidate]:  # fmt: skip
+    """As it is, and one basis of every rank.  noise: what rounding costs, by the rank."""
     tails = directions.sum() - directions.cumsum(0)
-    found = [Candidate(0.0, rows * layer.hidden)]
+    noise = noise or (lambda rank: 0.0)
+    found = [Candidate(noise(0), rows * storage.row(layer.hidden))]
     for rank in _ranks(multiple, layer.hidden):
-        found.append(Candidate(max(0.0, float(tails[rank - 1])), rank * (rows + layer.hidden), rank))
+        cost = rows * storage.row(rank) + storage.basis(rank, layer.hidden)
+        found.append(Candidate(max(0.0, float(tails[rank - 1])) + noise(rank), cost, rank))
     return found
 
 
@@ -257,7 +312,7 @@ def _of_one_rank(first: list[Candidate], down: list[Candidate]) -> list[Candidat
 
 def _mixtures(
     layer: ExpertLayer, halves: int, kept: int, energy: float, foretold: MixturePrices, side: Side, multiple: int,
-    activation: str,
+    activation: str, storage: Storage,
 ) -> list[Candidate]:  # fmt: skip
     """Mixtures of every rank and number of bases that the short fits can speak for."""
     mean = max(kept / layer.experts, 1e-9)
@@ -268,7 +323,9 @@ def _mixtures(
     return [
         Candidate(
             energy * math.exp(foretold.log_loss(rank / highest, bases, share)),
-            halves * kept * rank + bases * (rank * layer.hidden + layer.experts), rank, bases, activation,
+            halves * kept * storage.row(rank)
+            + bases * (storage.basis(rank, layer.hidden) + storage.floats(layer.experts)),
+            rank, bases, activation,
         )
         for rank in ranks
         if rank >= 0.7 * RANKS[side][0] * highest
