@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moefactor.errors import UserError
 from moefactor.forms import (
+    FLOAT,
     FORMS,
     INT32,
     BasePlusDelta,
@@ -22,6 +23,7 @@ from moefactor.forms import (
     Dense,
     Form,
     Latent,
+    Quantised,
     Ragged,
     SharedBasis,
     SharedPrivate,
@@ -32,6 +34,7 @@ from moefactor.forms import (
 )
 from moefactor.forms.base import Factors
 from moefactor.forms.basis_mixture import ACTIVATIONS, pack_bases
+from moefactor.forms.packing import BITS, pack
 from moefactor.routing import Routing
 from moefactor.runtime.kernels import KERNELS, Kernel, Setting, choose, why_not
 from moefactor.runtime.kernels.grouped import grouped_linear
@@ -96,7 +99,7 @@ def ragged_mixtures(draw: st.DrawFn, experts: int, channels: int, hidden: int) -
 
 
 @st.composite
-def forms(draw: st.DrawFn) -> Form:
+def plain_forms(draw: st.DrawFn) -> Form:
     sizes = experts, width, hidden = tuple(draw(st.integers(1, most)) for most in (6, 20, 20))
     kinds = ["dense", "shared", "shared", "mixture", "ragged mixture", "base", "ragged", "private"]
     kind = draw(st.sampled_from(kinds))
@@ -132,12 +135,38 @@ def latents(draw: st.DrawFn, inner: Form) -> Latent:
 
 
 @st.composite
+def in_few_bits(draw: st.DrawFn, inner: Form) -> Quantised:
+    """Any of its numbers, and channels in several precisions where it has such rows."""
+    floats = [name for name, spec in inner.tensors().items() if spec.dtype == FLOAT]
+    bits = {name: draw(st.sampled_from(BITS)) for name in floats if draw(st.booleans())}
+    channels: dict[int, list[int]] = {}
+    if inner.kept_widths is not None and draw(st.booleans()):
+        bits.pop(inner.channel_tensor, None)
+        left = list(inner.kept_widths)
+        for each in draw(st.lists(st.sampled_from(BITS), min_size=1, max_size=3, unique=True)):
+            channels[each] = [draw(st.integers(0, width)) for width in left]
+            left = [width - of_them for width, of_them in zip(left, channels[each], strict=True)]
+        channels[each] = [a + b for a, b in zip(channels[each], left, strict=True)]
+    return Quantised(
+        inner.experts, inner.width, inner.hidden, inner=inner, group=draw(st.sampled_from([8, 16])),
+        tensor_bits=tuple(sorted(bits.items())),
+        channels=tuple(sorted(((each, tuple(widths)) for each, widths in channels.items()), reverse=True)),
+    )  # fmt: skip
+
+
+@st.composite
+def forms(draw: st.DrawFn) -> Form:
+    form = draw(plain_forms())
+    return draw(in_few_bits(form)) if draw(st.integers(0, 3)) == 0 else form
+
+
+@st.composite
 def nested_forms(draw: st.DrawFn) -> Form:
-    """Forms inside forms, up to three deep, where both may have a tensor of one name."""
-    form = draw(forms())
+    """Forms inside forms, up to three deep, where both may have a tensor of one name; in a few bits, or not."""
+    form = draw(plain_forms())
     for _ in range(draw(st.integers(1, 2))):
         form = draw(latents(form) if draw(st.booleans()) else residuals(form))
-    return form
+    return draw(in_few_bits(form)) if draw(st.booleans()) else form
 
 
 def random_factors(form: Form, dtype: torch.dtype = torch.float32) -> Factors:
@@ -148,8 +177,11 @@ def random_factors(form: Form, dtype: torch.dtype = torch.float32) -> Factors:
         return torch.stack(drawn).int()
 
     factors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in form.shapes().items()}
+    for name in factors:
+        if "_codes" in name:
+            factors[name] = torch.randint(-(2**31), 2**31, factors[name].shape, generator=generator, dtype=torch.int32)
     innermost = form
-    while isinstance(innermost, Latent | SparseResidual):
+    while isinstance(innermost, Latent | SparseResidual | Quantised):
         innermost = innermost.inner
     if isinstance(innermost, BasisMixture) and innermost.basis_rank:
         pivots = distinct(innermost.groups * innermost.bases, innermost.rank, innermost.basis_rank)
@@ -331,9 +363,37 @@ def test_json_round_trip(form: Form) -> None:
 @given(form=forms() | nested_forms())
 def test_parameter_count_and_dense_shape(form: Form) -> None:
     factors = random_factors(form)
-    assert form.parameter_count() == sum(t.numel() for t in factors.values())
+    numbers = form.rounded(factors) if isinstance(form, Quantised) else factors
+    assert form.parameter_count() == sum(t.numel() for t in numbers.values())
     assert form.bits(16) == sum(t.numel() * (16 if t.is_floating_point() else 32) for t in factors.values())
     assert all(form.dense(factors, e).shape == (form.width, form.hidden) for e in range(form.experts))
+
+
+def test_bits_count_words_and_scales() -> None:
+    """A row of 40 numbers in 3 bits is ⌈80 / 32⌉ + ⌈40 / 32⌉ words, one in 8 bits 10; either has ⌈40 / 16⌉ scales."""
+    ragged = Ragged(3, 8, 40, widths=(3, 0, 4), halves=2)
+    form = Quantised(3, 8, 40, ragged, 16, channels=((8, (1, 0, 3)), (3, (2, 0, 1))))
+    assert form.bits(16) == 2 * (4 * (10 * 32 + 3 * 16) + 3 * (5 * 32 + 3 * 16))
+    assert form.bits(32) - form.bits(16) == 2 * 7 * 3 * 16
+    assert form.parameter_count() == ragged.parameter_count()
+
+
+def test_channels_of_several_precisions_lie_where_they_belong() -> None:
+    """Every row a number of its own: of each expert's half the first in the most bits, expert by expert."""
+    ragged = Ragged(3, 8, 8, widths=(3, 0, 4), halves=2)
+    form = Quantised(3, 8, 8, ragged, 8, channels=((8, (1, 0, 3)), (2, (2, 0, 1))))
+    levels = {8: 127.5, 2: 1.5}  # of the largest code
+    factors, scales = {}, {8: [1, 4, 7, 8, 9, 11, 12, 13], 2: [2, 3, 5, 6, 10, 14]}
+    for bits, rows in scales.items():
+        factors[f"weight_codes_b{bits}"] = pack(torch.full((len(rows), 8), 2**bits - 1), bits)
+        factors[f"weight_scale_b{bits}"] = torch.tensor(rows).unsqueeze(1) / levels[bits]
+    assert {name: tuple(t.shape) for name, t in factors.items()} == form.shapes()
+    expected = torch.arange(1.0, 15).unsqueeze(1).expand(14, 8)
+    torch.testing.assert_close(form.rounded(factors)["weight"], expected)
+    inner, whole = form.expanded(factors)
+    for expert in range(3):
+        torch.testing.assert_close(form.dense(factors, expert), inner.dense(whole, expert))
+        torch.testing.assert_close(form.dense(factors, expert), ragged.dense({"weight": expected}, expert))
 
 
 @QUICK
@@ -470,6 +530,8 @@ def test_dynamic_leaves_the_least_columns_out(data: st.DataObject, fraction: flo
         torch.testing.assert_close(run.read(factors, tokens, routing), expected, **close)
 
 
+FEW_BITS = {"form": "quantised", "group": 8, "bits": {"weight": 4}, "inner": {"form": "ragged", "widths": [1, 2, 4]}}
+MIXED = FEW_BITS | {"bits": {}, "channels": {"4": [1, 1, 0], "2": [0, 1, 4]}}
 MIXTURE = {"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu", "groups": 1, "basis_rank": 0}
 
 
@@ -496,6 +558,24 @@ MIXTURE = {"form": "basis_mixture", "bases": 1, "rank": 2, "activation": "silu",
         (MIXTURE | {"widths": [1, 1, 1], "halves": 0}, "halves 0"),
         ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 9, "writes": True, "dynamic": 0}, "kept 9"),
         ({"form": "base_plus_delta", "delta": {"form": "dense"}, "kept": 2, "writes": True, "dynamic": 1}, "'dynamic'"),
+        (FEW_BITS | {"bits": {"nothing": 4}}, "'bits' names 'nothing', which is none of the numbers"),
+        (FEW_BITS | {"bits": {"weight": 7}}, "weight: bits must be one of 2, 3, 4, 5, 6, 8, found 7"),
+        (FEW_BITS | {"bits": {"weight": True}}, "weight: bits must be one of"),
+        (FEW_BITS | {"bits": 4}, "'bits' is missing or of the wrong type"),
+        (FEW_BITS | {"group": 4}, "group 4 does not fit"),
+        (FEW_BITS | {"group": 20}, "'group' must be a multiple of 8, found 20"),
+        (FEW_BITS | {"group": None}, "'group' is missing"),
+        (FEW_BITS | {"inner": FEW_BITS}, "a quantised form is the outermost one"),
+        (FEW_BITS | {"inner": {"form": "latent", "rank": 2, "inner": FEW_BITS}}, "a quantised form is the outermost"),
+        (FEW_BITS | {"inner": None}, "'inner' is missing"),
+        (MIXED | {"channels": [4, 2]}, "'channels' is missing or of the wrong type"),
+        (MIXED | {"channels": {"7": [1, 2, 4]}}, "'channels': bits must be one of 2, 3, 4, 5, 6, 8, found '7'"),
+        (MIXED | {"channels": {"04": [1, 2, 4]}}, "'channels': bits must be one of"),
+        (MIXED | {"channels": {"4": [1, 2]}}, "'channels' of 4 bits must have a number of channels for each expert"),
+        (MIXED | {"channels": {"4": [1, -2, 4]}}, "'channels' of 4 bits must have"),
+        (MIXED | {"channels": {"4": [1, 2, 3]}}, "'channels' of all precisions must add up to the experts' widths"),
+        (MIXED | {"bits": {"weight": 4}}, "'channels' is for forms that are cut channel by channel"),
+        (MIXED | {"inner": {"form": "dense"}}, "'channels' is for forms that are cut channel by channel"),
     ],
 )  # fmt: skip
 def test_a_form_that_can_not_be_is_refused(data: dict, message: str) -> None:

@@ -132,7 +132,7 @@ sys.meta_path.insert(0, Refuse())
 import moefactor, moefactor.forms, moefactor.runtime.kernels, moefactor.runtime.module, moefactor.methods
 print(len(moefactor.forms.FORMS), moefactor.runtime.kernels.KERNELS.keys() >= {"latent"})
 """
-    assert in_a_new_process(code) == ["10", "True"]
+    assert in_a_new_process(code) == ["11", "True"]
 
 
 @pytest.mark.parametrize("first", ["moefactor", "transformers"])

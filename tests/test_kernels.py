@@ -16,13 +16,14 @@ from moefactor.forms import (
     Dense,
     Form,
     Latent,
+    Quantised,
     Ragged,
     SharedBasis,
     WindowResidual,
     low_rank,
 )
 from moefactor.routing import Routing
-from moefactor.runtime.kernels import KERNELS, Kernel, Setting, Way, choose, why_not
+from moefactor.runtime.kernels import KERNELS, Kernel, Setting, Way, choose, quantised, why_not
 from moefactor.runtime.kernels.atoms import AtomsKernel
 from moefactor.runtime.kernels.mixture_in_cache import MixtureInCache
 from moefactor.runtime.kernels.reference import Rebuilt
@@ -48,6 +49,18 @@ FORMS: dict[str, Form] = {
     "residual of long windows": WindowResidual(E, 2, H, Dense(E, 2, H), PAIRS, (6,) * 3, seed=3),
     "base": BasePlusDelta(E, W, H, low_rank(E, W, H, (8,) * E), kept=H, writes=False),
 }
+FIRST = (20, 0, 16, 0, 5, 8)  # channels of each expert that have the most bits
+PRECISIONS = ((4, FIRST), (2, tuple(width - first for width, first in zip(WIDTHS, FIRST, strict=True))))
+FORMS |= {
+    "few bits": Quantised(E, 2 * W, H, FORMS["atoms of gate and up"], 16, channels=PRECISIONS),
+    "few bits, dense": Quantised(E, W, H, FORMS["dense"], 24, (("weight", 3),)),
+    "few bits, one width": Quantised(E, 2 * W, H, FORMS["one width"], 8, (("weight", 8),)),
+    "few bits, uneven": Quantised(E, W, H, FORMS["uneven"], 40, (("weight", 5),)),
+    "few bits, low rank": Quantised(E, W, H, FORMS["low rank"], 16, (("basis_r8", 6), ("private_r8", 4))),
+    "few bits, latent": Quantised(E, 2 * W, H, FORMS["latent"], 16, (("basis", 8),), PRECISIONS),
+    "few bits, tight": Quantised(E, W, H, FORMS["tight"], 8, (("basis", 4),), PRECISIONS),
+    "few bits, slbf": Quantised(E, W, H, FORMS["slbf"], 8, (("basis_left", 4), ("basis_right", 3), ("mix", 8))),
+}
 CPU = Setting("cpu", torch.float32)
 ROUTINGS: dict[str, list[list[int]]] = {
     "one token": [[3, 0]],
@@ -63,7 +76,9 @@ def random(form: Form, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     factors = {name: 0.5 * torch.randn(s.shape, generator=generator) for name, s in form.tensors().items()}
     for name, spec in form.tensors().items():
-        if spec.dtype == "int32":
+        if "_codes" in name:
+            factors[name] = torch.randint(-(2**31), 2**31, spec.shape, generator=generator, dtype=torch.int32)
+        elif spec.dtype == "int32":
             factors[name] = torch.arange(spec.shape[-1], dtype=torch.int32).mul(2).expand(spec.shape).contiguous()
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in factors.items()}
 
@@ -120,9 +135,11 @@ def test_the_table_has_what_is_meant_to_be_tested() -> None:
     assert names["atoms"] == ["atoms of one width", "a loop over experts"]
     assert names["uneven"] == ["a loop over experts"]
     assert names["tight"][0] == "formed in cache"
+    assert names["few bits"] == ["dequantised expert by expert", "dequantised whole"]
+    assert names["few bits, low rank"] == ["dequantised whole"]
 
 
-@pytest.mark.parametrize("kind", ["atoms", "tight", "mobe", "slbf", "residual"])
+@pytest.mark.parametrize("kind", ["atoms", "tight", "mobe", "slbf", "residual", "few bits", "few bits, tight"])
 def test_gradients_are_the_references(kind: str) -> None:
     form, routing = FORMS[kind], routed("some unvisited")
 
@@ -137,14 +154,29 @@ def test_gradients_are_the_references(kind: str) -> None:
             close(found, right, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dense", "one width", "latent", "linear", "low rank", "residual", "base"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dense",
+        "one width",
+        "latent",
+        "linear",
+        "low rank",
+        "residual",
+        "base",
+        "few bits, one width",
+        "few bits, latent",
+    ],
+)
 def test_what_needs_no_host_is_one_graph(kind: str) -> None:
     """What torch.compile(fullgraph=True) takes has no shape that depends on data and waits for nothing. In bfloat16,
     the only type whose grouped GEMM it traces."""
     form, dtype = FORMS[kind], torch.bfloat16
-    kernel = choose(form, Setting("cpu", dtype))
-    if isinstance(form, Latent):
-        kernel.inner = AtomsKernel(form.inner, Setting("cpu", dtype))  # what a GPU would have
+    whole = {way.name: way for way in KERNELS[form.name]}.get("dequantised whole")
+    kernel = whole.build(form, Setting("cpu", dtype)) if whole else choose(form, Setting("cpu", dtype))
+    latent = kernel.inner if whole else kernel
+    if isinstance(latent.form, Latent):
+        latent.inner = AtomsKernel(latent.form.inner, Setting("cpu", dtype))  # what a GPU would have
     factors, x = random(form, dtype), torch.randn(5, H).to(dtype)
 
     def call(ids: Tensor, weights: Tensor) -> Tensor:
@@ -165,6 +197,19 @@ def test_a_mixture_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         results(choose(form, CPU), factors, routed("many"))
     assert isinstance(choose(form, CPU), MixtureInCache)
+
+
+@pytest.mark.parametrize("kind", ["few bits", "few bits, latent", "few bits, tight"])
+def test_rows_in_a_few_bits_are_never_numbers_all_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, asked = FORMS[kind], []
+    tensor = Quantised.tensor
+    monkeypatch.setattr(Quantised, "tensor", lambda form, name, *more: asked.append(name) or tensor(form, name, *more))
+    monkeypatch.setattr(quantised, "ROOM", 4 * 3 * H)  # three rows of float32
+    with torch.no_grad():
+        found = results(choose(form, CPU), random(form), routed("some unvisited"))
+        assert form.channel_tensor not in asked
+        for one, right in zip(found, results(Rebuilt(form, CPU), random(form), routed("some unvisited")), strict=True):
+            close(one, right, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -58,4 +58,6 @@ def form_from_json(data: object, *, experts: int, width: int, hidden: int, where
     if depth > DEEPEST:
         raise fields.error(f"forms inside forms, more than {DEEPEST} deep.")
     kind = FORMS[fields.choice("form", FORMS)]
+    if depth and kind is Quantised:
+        raise fields.error("a quantised form is the outermost one: what it holds is in few bits, not what holds it.")
     return kind.from_json(fields, experts=experts, width=width, hidden=hidden)

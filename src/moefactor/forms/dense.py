@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .base import Factors, Form, TensorSpec
 from .fields import Fields
+from .ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,17 @@ class Dense(Form):
     """`weight` (E, width, H)."""
 
     name = "dense"
+    channel_tensor = "weight"
 
     def tensors(self) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec((self.experts, self.width, self.hidden))}
 
     def dense(self, factors: Factors, expert: int) -> Tensor:
         return factors["weight"][expert]
+
+    def rows(self) -> Ragged:
+        """`weight` as if every row were a channel; of an expert's all are there."""
+        return Ragged(self.experts, self.width, self.hidden, widths=(self.width,) * self.experts)
 
     def ordinary_widths(self) -> frozenset[int]:
         return frozenset()

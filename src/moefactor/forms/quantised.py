@@ -74,23 +74,31 @@ class Quantised(Form):
             first += ragged.halves * width
         return [(bits, torch.cat(rows)) for bits, rows in found.items()]
 
-    def rounded(self, factors: Factors) -> Factors:
-        """The inner form's tensors, as numbers again."""
-        whole = {}
-        for name, spec in self.inner.tensors().items():
-            count, bits = spec.shape[-1], self.precision(name)
-            if bits:
-                whole[name] = values(factors[f"{name}_codes"], factors[f"{name}_scale"], bits, count, self.group)
-            elif name == self.inner.channel_tensor and self.channels:
-                parts = [
-                    values(factors[f"{name}_codes_b{each}"], factors[f"{name}_scale_b{each}"], each, count, self.group)
-                    for each, _ in self.channels
-                ]
-                order = torch.cat([rows for _, rows in self.places()]).argsort()
-                whole[name] = torch.cat(parts)[order.to(parts[0].device)]
-            else:
-                whole[name] = factors[name]
-        return whole
+    def order(self) -> Tensor:
+        """(rows,) where each row of the channels' tensor lies among those of all precisions, one after the other."""
+        return torch.cat([rows for _, rows in self.places()]).argsort()
+
+    def tensor(self, name: str, factors: Factors, order: Tensor | None = None) -> Tensor:
+        """One of the inner form's tensors, as numbers again.
+
+        order: what `order` gives, where it is at hand on the factors' device.
+        """
+        count, bits = self.inner.tensors()[name].shape[-1], self.precision(name)
+        if bits:
+            return values(factors[f"{name}_codes"], factors[f"{name}_scale"], bits, count, self.group)
+        if name != self.inner.channel_tensor or not self.channels:
+            return factors[name]
+        parts = torch.cat(
+            [
+                values(factors[f"{name}_codes_b{each}"], factors[f"{name}_scale_b{each}"], each, count, self.group)
+                for each, _ in self.channels
+            ]
+        )
+        return parts.index_select(0, self.order().to(parts.device) if order is None else order)
+
+    def rounded(self, factors: Factors, order: Tensor | None = None) -> Factors:
+        """All of the inner form's tensors, as numbers again."""
+        return {name: self.tensor(name, factors, order) for name in self.inner.tensors()}
 
     def expanded(self, factors: Factors) -> tuple[Form, Factors]:
         return self.inner, self.rounded(factors)
@@ -132,17 +140,14 @@ class Quantised(Form):
     @classmethod
     def from_json(cls, data: Fields, *, experts: int, width: int, hidden: int) -> Quantised:
         inner = data.inner("inner")
-        if isinstance(inner, Quantised):
-            raise data.error("a quantised form inside a quantised one.")
         tensors, bits = inner.tensors(), data.get("bits", dict)
         for name, each in bits.items():
             if name not in tensors or tensors[name].dtype != FLOAT:
                 raise data.error(f"'bits' names {name!r}, which is none of the numbers that {inner.name} stores.")
-            _check_bits(data, each, name)
+            _checked_bits(data, each, name)
         channels = []
         for key, widths in data.get("channels", dict, {}).items():
-            each = int(key) if key.isdecimal() else 0
-            _check_bits(data, each, f"'channels' ({key!r})")
+            each = _checked_bits(data, next((bits for bits in BITS if str(bits) == key), key), "'channels'")
             counts = isinstance(widths, list) and all(type(w) is int and w >= 0 for w in widths)
             if not counts or len(widths) != experts:
                 raise data.error(f"'channels' of {key} bits must have a number of channels for each expert.")
@@ -170,6 +175,7 @@ class Quantised(Form):
         )
 
 
-def _check_bits(data: Fields, bits: object, what: str) -> None:
+def _checked_bits(data: Fields, bits: object, what: str) -> int:
     if type(bits) is not int or bits not in BITS:
         raise data.error(f"{what}: bits must be one of {', '.join(map(str, BITS))}, found {bits!r}.")
+    return bits

@@ -12,7 +12,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from ...forms import BasisMixture, Form, Ragged
+from ...forms import BasisMixture, Form, Quantised, Ragged
 from ...routing import Routing
 from .atoms import AtomsKernel, atom_hindrance
 from .base import Kernel
@@ -21,6 +21,7 @@ from .composed import BasePlusDeltaKernel, LatentKernel
 from .dense import DenseKernel, RaggedKernel
 from .grouped import DTYPES, Linear, grouped_hindrance, grouped_linear, looped_linear
 from .mixture_in_cache import MixtureInCache
+from .quantised import QuantisedByExpert, QuantisedKernel
 from .reference import Rebuilt
 from .residual import SparseResidualKernel, WindowResidualKernel
 from .residual_share import ResidualShare, ResidualShareKernel, ZeroKernel
@@ -62,6 +63,12 @@ def _no_triton(form: Form, setting: Setting) -> str | None:
     return None if setting.dtype in DTYPES else f"tiles do not take {setting.dtype_name}"
 
 
+def _no_packed_rows(form: Quantised, setting: Setting) -> str | None:
+    if form.channels or form.precision(form.channel_tensor):
+        return None
+    return f"{form.inner.name} has no tensor in a few bits with a row for each channel"
+
+
 def _no_atoms(form: Ragged, setting: Setting) -> str | None:
     return atom_hindrance(form) or (_no_triton(form, setting) and grouped_hindrance(form, setting))
 
@@ -97,13 +104,13 @@ def _ways(kernel: type[Kernel], hindrance: Callable[..., str | None] = grouped_h
     )
 
 
-def _around(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> tuple[Way, ...]:
+def _holding(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> Callable[[Form, Setting], Kernel]:
     """A kernel around the best one of the form in the field `inner`."""
+    return lambda form, setting: kernel(form, setting, choose(getattr(form, inner), setting))
 
-    def build(form: Form, setting: Setting) -> Kernel:
-        return kernel(form, setting, choose(getattr(form, inner), setting))
 
-    return (Way(f"around {inner}", build, _always), REFERENCE)
+def _around(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> tuple[Way, ...]:
+    return (Way(f"around {inner}", _holding(kernel, inner), _always), REFERENCE)
 
 
 def _share(form: ResidualShare, setting: Setting) -> Kernel:
@@ -130,6 +137,12 @@ KERNELS: dict[str, tuple[Way, ...]] = {
     "base_plus_delta": _around(BasePlusDeltaKernel, "delta"),
     "sparse_residual": _around(SparseResidualKernel, "inner"),
     "window_residual": _around(WindowResidualKernel, "inner"),
+    "quantised": (
+        # On a GPU a loop would wait for the host at every call.
+        Way("dequantised expert by expert", _holding(QuantisedByExpert, "inner"), _no_packed_rows, "cpu"),
+        Way("dequantised whole", _holding(QuantisedKernel, "inner"), _always),
+        REFERENCE,
+    ),
     "residual_share": (Way("around inner", _share, _always), REFERENCE),
     "zero": (Way("nothing", ZeroKernel, _always),),
 }
