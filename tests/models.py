@@ -53,7 +53,11 @@ def rebuilt(dense: PreTrainedModel, folder: Path) -> PreTrainedModel:
     model, stored = copy.deepcopy(dense), on_disk(folder)
     for layer_plan in read_plan(folder, dense).layers:
         prefix = layer_plan.layer.name + "."
-        tensors = {k.removeprefix(prefix): v.float() for k, v in stored.items() if k.startswith(prefix)}
+        tensors = {
+            k.removeprefix(prefix): v.float() if v.is_floating_point() else v
+            for k, v in stored.items()
+            if k.startswith(prefix)
+        }
         experts = CompressedExperts(layer_plan.layer, layer_plan.forms, tensors).dense().to_model_layout()
         module = model.get_submodule(layer_plan.layer.name)
         for name, tensor in experts.items():

@@ -27,12 +27,14 @@ STAGE = "evaluate"
 class Evaluation:
     """Measurements of one model.
 
-    parameters, expert_parameters: counted on the loaded model (experts: the routed ones' stored tensors).
+    parameters, expert_parameters: counted on the loaded model (experts: the routed ones' stored tensors), as numbers,
+        however many bits they take.
     resident_bytes, expert_bytes: of parameters in memory; disk_bytes: of the safetensors files.
     perplexity: text -> exp(mean negative log-likelihood) over non-overlapping windows.
     tokens_per_second: scored in the perplexity passes, prompt processing.
     expected_loss: of a compressed model whose plan foretold it, the rise of the loss over the dense one's, in nats a
         token.
+    expert_bits: that the routed experts take in memory, over the parameters that they had before anything was removed.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Evaluation:
     perplexity: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
     expected_loss: float | None = None
+    expert_bits: float = 0.0
 
     @property
     def mean_perplexity(self) -> float:
@@ -95,24 +98,36 @@ def evaluate(
         perplexities[label] = math.exp(total / count)
     experts = [m for m in model.modules() if isinstance(m, FactorisedExperts) or is_fused_experts(m)]
     of_experts = [p for module in experts for p in module.parameters()]
+    expert_parameters = sum(_numbers(module) for module in experts)
+    words = sum(p.numel() for p in of_experts)  # fewer or more than the numbers where these are packed in words
+    expert_bytes = sum(p.numel() * p.element_size() for p in of_experts)
     return Evaluation(
         name,
-        parameters=sum(p.numel() for p in model.parameters()),
-        expert_parameters=sum(p.numel() for p in of_experts),
+        parameters=sum(p.numel() for p in model.parameters()) - words + expert_parameters,
+        expert_parameters=expert_parameters,
         resident_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        expert_bytes=sum(p.numel() * p.element_size() for p in of_experts),
+        expert_bytes=expert_bytes,
         disk_bytes=disk_bytes,
         dtype=str(model.dtype).removeprefix("torch."),
         window=length,
         perplexity=perplexities,
         tokens_per_second=tokens / seconds if seconds else 0.0,
-        expected_loss=_expected(folder),
+        expected_loss=_planned(folder).get("expected_loss"),
+        expert_bits=8 * expert_bytes / _planned(folder).get("expert_parameters", {}).get("before", expert_parameters),
     )
 
 
-def _expected(folder: Path) -> float | None:
+def _planned(folder: Path) -> dict:
+    """A compressed model's plan.json."""
     path = folder / "plan.json"
-    return json.loads(path.read_text()).get("expected_loss") if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _numbers(experts: torch.nn.Module) -> int:
+    """Of a layer, however many bits they take."""
+    if isinstance(experts, FactorisedExperts):
+        return experts.parameter_count()
+    return sum(p.numel() for p in experts.parameters())
 
 
 @torch.no_grad()

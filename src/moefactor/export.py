@@ -197,6 +197,6 @@ def _dense_layer(checkpoint: Checkpoint, plan: LayerPlan) -> dict[str, Tensor]:
         stored = {name.removeprefix(prefix): view[:] for name, view in slices.items()}
     dtype = next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point())
     # Products in float32, then rounded once.
-    tensors = {key: tensor.to(torch.float32) for key, tensor in stored.items()}
+    tensors = {key: t.to(torch.float32) if t.is_floating_point() else t for key, t in stored.items()}
     dense = CompressedExperts(plan.layer, plan.forms, tensors).dense().to_model_layout()
     return {prefix + key: tensor.to(dtype) for key, tensor in dense.items()}

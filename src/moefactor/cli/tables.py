@@ -75,6 +75,7 @@ def evaluation_table(results: list[Evaluation]) -> Table:
     row("  in routed experts", [r.expert_parameters for r in results], "{:,}".format)
     row("resident bytes", [r.resident_bytes for r in results], size)
     row("  in routed experts", [r.expert_bytes for r in results], size)
+    row("  bits a parameter that was there", [r.expert_bits for r in results], "{:.2f}".format)
     row("bytes on disk", [r.disk_bytes for r in results], size)
     row("tokens a second", [r.tokens_per_second for r in results], "{:,.0f}".format)
     for text in results[0].perplexity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,12 @@ class FactorisedExperts(nn.Module):
             setting = Setting.at(*key)
             self._kernels[key] = {stack: choose(form, setting) for stack, form in self.forms.items()}
         return self._kernels[key]
+
+    def parameter_count(self) -> int:
+        """Numbers, however many bits they take."""
+        stored = sum(prod(shape) for form in self.forms.values() for shape in form.shapes().values())
+        meant = sum(form.parameter_count() for form in self.forms.values())
+        return sum(p.numel() for p in self.parameters()) - stored + meant
 
     @torch.no_grad()
     def lay_out(self) -> None:
