@@ -16,6 +16,7 @@ from moefactor.forms import (
     Dense,
     Form,
     Latent,
+    Quantised,
     Ragged,
     SharedBasis,
     SharedPrivate,
@@ -31,6 +32,7 @@ EXPERTS, WIDTH, HIDDEN = 8, 16, 24
 LAYER = ExpertLayer("model.layers.0.mlp.experts", "model.layers.0", EXPERTS, WIDTH, HIDDEN)
 BIASED = replace(LAYER, biased=True)
 WIDTHS = (16, 8, 0, 12, 4, 16, 8, 8)
+PRECISIONS = ((6, (16, 0, 0, 5, 0, 8, 8, 1)), (4, (0, 7, 0, 0, 4, 8, 0, 1)), (2, (0, 1, 0, 7, 0, 0, 0, 6)))
 UNGROUPED = ((0, 5), (1, 2, 3), (4, 6, 7))
 
 
@@ -55,12 +57,20 @@ def stack(name: str, halves: int) -> Form:
         "window_residual": WindowResidual(*shape, pairs, UNGROUPED, sizes=(3 * width,) * 3, seed=3),
         "latent": Latent(*shape, rank=7, inner=Ragged(EXPERTS, width, 7, **ragged)),
     }
+    made |= {
+        "few_bits_dense": Quantised(*shape, made["dense"], 8, (("weight", 4),)),
+        "few_bits_ragged": Quantised(*shape, made["ragged"], 16, (("weight", 3),)),
+        "few_bits_latent": Quantised(*shape, made["latent"], 8, (("basis", 8),), PRECISIONS),
+        "few_bits_mixture": Quantised(*shape, made["ragged_mixture"], 8, (("basis", 5), ("mix", 8)), PRECISIONS),
+        "few_bits_shared_basis": Quantised(*shape, made["shared_basis"], 8, (("basis_r4", 8), ("basis_r6", 6))),
+    }
     return made[name]
 
 
 FORMS = ("dense", "ragged", "low_rank", "shared_basis", "shared_private", "mixture", "low_rank_mixture",
          "ragged_mixture", "base_plus_delta", "pruned_base", "latent", "hashed_residual",
-         "window_residual")  # fmt: skip
+         "window_residual", "few_bits_dense", "few_bits_ragged", "few_bits_latent", "few_bits_mixture",
+         "few_bits_shared_basis")  # fmt: skip
 
 
 def tensors_of(plan: LayerPlan) -> dict[str, torch.Tensor]:
@@ -69,6 +79,8 @@ def tensors_of(plan: LayerPlan) -> dict[str, torch.Tensor]:
     for name, spec in plan.tensors().items():
         if name.endswith("pivots"):
             made[name] = torch.arange(spec.shape[-1], dtype=torch.int32).expand(spec.shape)
+        elif "_codes" in name:
+            made[name] = torch.randint(-(2**31), 2**31, spec.shape, generator=generator, dtype=torch.int32)
         elif name.endswith("columns"):
             made[name] = torch.arange(1, spec.shape[0] + 1, dtype=torch.int32)
         else:
@@ -124,7 +136,9 @@ def test_experts_over_ranks_add_up(name: str, size: int) -> None:
     torch.testing.assert_close(total, module(plan, tensors)(x, ids, weights), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ragged", "latent", "ragged_mixture", "low_rank", "shared_basis", "mixture"])
+@pytest.mark.parametrize(
+    "name", ["ragged", "latent", "ragged_mixture", "low_rank", "shared_basis", "mixture", "few_bits_latent"]
+)
 def test_private_factors_are_cut_and_not_copied(name: str) -> None:
     plan = plan_of(name)
     tensors = tensors_of(plan)
@@ -168,6 +182,11 @@ def test_what_cannot_be_cut_says_so() -> None:
     plan = plan_of("mixture")
     with pytest.raises(UserError, match="cut through groups of 4"):
         share_of_layer(plan, tensors_of(plan), Share.of_experts(plan, (0, 1, 4)))
+    rounded = Quantised(EXPERTS, WIDTH, HIDDEN, stack("shared_private", 1), 8, (("private", 4),))
+    plan = LayerPlan(LAYER, {"gate_up": stack("dense", 2), "down": rounded})
+    with pytest.raises(UserError, match="experts down: private is in 4 bits, in groups along the channels"):
+        share_of_layer(plan, tensors_of(plan), Share.of_channels(plan, 0, 2))
+    share_of_layer(plan, tensors_of(plan), Share.of_experts(plan, (0, 1)))  # whole, they need not be cut
 
 
 def test_layers_are_known_by_their_index_and_prediction_layers_are_not_ours() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, resolve
-from .discover import is_fused_experts
+from .discover import FusedExperts, is_fused_experts
 from .loading import load
 from .progress import Progress, Steps, silent
 from .runtime.module import FactorisedExperts
@@ -123,7 +123,7 @@ def _planned(folder: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _numbers(experts: torch.nn.Module) -> int:
+def _numbers(experts: FactorisedExperts | FusedExperts) -> int:
     """Of a layer, however many bits they take."""
     if isinstance(experts, FactorisedExperts):
         return experts.parameter_count()

@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..forms import BasePlusDelta, BasisMixture, Dense, Form, Latent, Ragged, SharedBasis, SharedPrivate, SparseResidual
+from ..forms import (
+    INT32,
+    BasePlusDelta,
+    BasisMixture,
+    Dense,
+    Form,
+    Latent,
+    Quantised,
+    Ragged,
+    SharedBasis,
+    SharedPrivate,
+    SparseResidual,
+)
 from ..forms.base import Factors
 from ..plan import LayerPlan
 from .kernels.residual_share import ResidualShare
@@ -157,7 +169,7 @@ def _ragged(form: Ragged, factors: Factors, share: Share) -> tuple[Form, Factors
     every = form.expert_rows(factors["weight"])
     parts = []
     for expert, (start, stop) in zip(share.experts, share.channels, strict=True):
-        halves = every[expert].view(form.halves, form.widths[expert], form.hidden)
+        halves = every[expert].unflatten(0, (form.halves, form.widths[expert]))
         parts.append(halves[:, start:stop].flatten(0, 1))
     local = replace(
         form, experts=len(share.experts), width=share.local_width(form.width), widths=share.widths
@@ -181,7 +193,7 @@ def _shared_basis(form: SharedBasis, factors: Factors, share: Share) -> tuple[Fo
         old = [form.places[share.experts[e]] for e in bucket.experts]
         first_of_group = [sum(bucket.group_sizes[:g]) for g in range(bucket.groups)]
         taken[bucket.basis] = factors[bucket.basis][[old[i][2] for i in first_of_group]]
-        taken[bucket.private] = factors[bucket.private][[o[1] for o in old]][:, :, rows]
+        taken[bucket.private] = _columns(factors[bucket.private][[o[1] for o in old]], rows, form.width)
     return local, taken
 
 
@@ -189,7 +201,7 @@ def _shared_basis(form: SharedBasis, factors: Factors, share: Share) -> tuple[Fo
 def _shared_private(form: SharedPrivate, factors: Factors, share: Share) -> tuple[Form, Factors]:
     local = replace(form, experts=len(share.experts), width=share.local_width(form.width))
     return local, {
-        "private": factors["private"][:, share.rows(form.width)],
+        "private": _columns(factors["private"], share.rows(form.width), form.width),
         "basis": factors["basis"][list(share.experts)],
     }
 
@@ -212,7 +224,8 @@ def _basis_mixture(form: BasisMixture, factors: Factors, share: Share) -> tuple[
     if form.ragged:
         _, rows = _ragged(form.ragged, {"weight": factors["private"]}, share)
         return local, {"private": rows["weight"], **taken}
-    return local, {"private": factors["private"][list(share.experts)][:, :, share.rows(form.width)], **taken}
+    private = _columns(factors["private"][list(share.experts)], share.rows(form.width), form.width)
+    return local, {"private": private, **taken}
 
 
 @share_of.register
@@ -257,3 +270,51 @@ def _residual(form: SparseResidual, factors: Factors, share: Share) -> tuple[For
     inner, own = share_of(form.inner, form.inner_factors(factors), share)
     local = ResidualShare.of(form, inner, share.rows(form.width))
     return local, local.factors(own, factors["residual"])
+
+
+@share_of.register
+def _quantised(form: Quantised, factors: Factors, share: Share) -> tuple[Form, Factors]:
+    """Codes and scales have the axes of what they stand for, but for the last, and are cut like it along the others."""
+    specs = form.inner.tensors()
+    standing = {  # for numbers; what they are does not matter to how they are cut
+        name: factors[name] if spec.dtype == INT32 else torch.empty(spec.shape, device="meta")
+        for name, spec in specs.items()
+    }
+    inner, cut = share_of(form.inner, standing, share)
+    for name, bits in form.tensor_bits:
+        if name in cut and cut[name].shape[-1] != specs[name].shape[-1]:
+            raise UserError(
+                f"{name} is in {bits} bits, in groups along the channels, which can't be cut; serve it on one GPU."
+            )
+    precisions = {name: bits for name, bits in form.tensor_bits if name in cut}
+    taken: Factors = {}
+    for kind in ("codes", "scale"):
+        stored = {name: factors.get(f"{name}_{kind}", factors.get(name, whole)) for name, whole in standing.items()}
+        _, parts = share_of(form.inner, stored, share)
+        taken |= {f"{name}_{kind}" if name in precisions else name: part for name, part in parts.items()}
+    channels = []
+    if form.channels:
+        taken.pop(form.channel_tensor)
+        before = [0] * form.experts  # channels in more bits
+        for bits, widths in form.channels:
+            runs = tuple(
+                (min(max(start - before[e], 0), widths[e]), min(max(stop - before[e], 0), widths[e]))
+                for e, (start, stop) in zip(share.experts, share.channels, strict=True)
+            )
+            before = [a + b for a, b in zip(before, widths, strict=True)]
+            own = replace(share, channels=runs)
+            channels.append((bits, own.widths))
+            for kind in ("codes", "scale"):
+                name = f"{form.channel_tensor}_{kind}_b{bits}"
+                _, part = _ragged(replace(form.rows(), widths=widths), {"weight": factors[name]}, own)
+                taken[name] = part["weight"]
+    local = replace(
+        form, experts=inner.experts, width=inner.width, inner=inner, tensor_bits=tuple(precisions.items()),
+        channels=tuple(channels),
+    )  # fmt: skip
+    return local, taken
+
+
+def _columns(private: Tensor, rows: Tensor, width: int) -> Tensor:
+    """A private factor's (…, width) own columns; as it is where all are, which need not be numbers then."""
+    return private if len(rows) == width else private[..., rows]
