@@ -51,6 +51,7 @@ class Recipe:
         text_column: of .jsonl, .parquet and datasets.
         drop_mtp: leave out layers of multi-token prediction, and let config.json say that there are none.
         heal: steps of healing that follow, which read the text too.
+        rest_bits: of the matrices that are not a compressed expert's: 16, as they are, 8 or 4.
     """
 
     method: Method
@@ -67,6 +68,7 @@ class Recipe:
     text_column: str | None = None
     drop_mtp: bool = False
     heal: int = 0
+    rest_bits: int = 16
 
     @classmethod
     def of(cls, method: str, options: dict, **rest: Any) -> Recipe:
@@ -122,7 +124,10 @@ class Run:
         if self.recipe.ratio is not None:
             budget_of(self.model, self.recipe.ratio, self.recipe.allocation, self.recipe.rank_multiple)
         self.recipe.check()
-        check_method(self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp)
+        check_method(
+            self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp,
+            rest_bits=self.recipe.rest_bits,
+        )  # fmt: skip
 
     @cached_property
     def own_share(self) -> float:
@@ -181,7 +186,8 @@ class Run:
     def write(self, plan: Plan, output: Path, command: str | None = None) -> None:
         with self.folder.opened(self.model):
             write_checkpoint(
-                self.model, plan, self.folder, output, command or self.command(output), drop_mtp=self.recipe.drop_mtp
+                self.model, plan, self.folder, output, command or self.command(output),
+                drop_mtp=self.recipe.drop_mtp, rest_bits=self.recipe.rest_bits,
             )  # fmt: skip
 
     def all(self, output: Path) -> Plan:
@@ -201,7 +207,8 @@ class Run:
         start = (
             f"moefactor compress {shlex.quote(self.model.name)} --method {recipe.method.name} --ratio {recipe.ratio}"
         )
-        return f"{start} -o {shlex.quote(output.name)}"
+        rest = "" if recipe.rest_bits == 16 else f" --rest-bits {recipe.rest_bits}"
+        return f"{start}{rest} -o {shlex.quote(output.name)}"
 
 
 def planned_recipe(plan: Plan, **rest: object) -> tuple[Recipe, Plan]:
