@@ -52,11 +52,11 @@ def rest_tensors(model: StreamedModel) -> dict[str, bool]:
         if len(chosen.keys() & pair) == 1:  # what it is tied to can't be packed, so neither can it
             chosen.pop(pair[0] if pair[0] in chosen else pair[1])
     state = skeleton.state_dict()
-    places = renamed(skeleton, list(reader.checkpoint.files), state, reader.conversions)
+    places = renamed(skeleton, list(reader.checkpoint.files), state)  # FP8's conversions are not what a reader has
     plain = {name: target for name, (target, pattern) in places.items() if pattern is None and target in chosen}
     # What is written in their place must find its way into the model too.
     wanted = {name + part: target + part for name, target in plain.items() for part in ("_codes", "_scale")}
-    found = renamed(skeleton, list(wanted), state | dict.fromkeys(wanted.values(), torch.empty(0)), reader.conversions)
+    found = renamed(skeleton, list(wanted), state | dict.fromkeys(wanted.values(), torch.empty(0)))
     lost = {name.rpartition("_")[0] for name, target in wanted.items() if found.get(name) != (target, None)}
     with reader.checkpoint.slices(sorted(plain.keys() - lost)) as slices:
         return {
