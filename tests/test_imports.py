@@ -21,7 +21,7 @@ VERBS = {
 }  # fmt: skip
 DOORS = {
     "files", "checkpoint", "discover", "streaming", "observing", "loading", "text", "run_folder", "identity", "runtime",
-    "cli", "fp8", "models", "compat", "fields", "prediction", "llama_cpp", "serving", "ordinary",
+    "cli", "fp8", "models", "compat", "fields", "prediction", "llama_cpp", "serving", "ordinary", "rest",
     "__main__",
 }  # fmt: skip
 BEHIND_DOORS = {

@@ -49,6 +49,7 @@ INDEX = "model.safetensors.index.json"
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COPY_LIMIT = 1 << 30  # bytes of plain tensors held, and written to one shard, at a time
+Change = Callable[[str, Tensor], dict[str, Tensor]]  # (name, tensor) -> what is written in its place
 
 
 class Slice(Protocol):
@@ -208,19 +209,13 @@ class ModelReader:
     def targets_of(self, names: list[str]) -> dict[str, tuple[str, ...]]:
         """The same of any names, as if a checkpoint had these."""
         state = self.model.state_dict()
-        renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
         patterns = {pattern: c.target_patterns for c in converters for pattern in c.source_patterns}
-        prefix = self.model.base_model_prefix
         targets = {}
-        for name in sorted(names):  # some renamings begin only at a name that comes before the others
-            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            if target not in state and name in state:
-                target, pattern = rename_source_key(name, [], [], prefix, state)
-            if target in state:
-                every = patterns.get(pattern, []) if pattern is not None else []
-                split = [target.replace(every[0], other, 1) for other in every[1:]]
-                targets[name] = (target, *(other for other in split if other in state and other != target))
+        for name, (target, pattern) in renamed(self.model, names, state, self.conversions).items():
+            every = patterns.get(pattern, []) if pattern is not None else []
+            split = [target.replace(every[0], other, 1) for other in every[1:]]
+            targets[name] = (target, *(other for other in split if other in state and other != target))
         return targets
 
     @cached_property
@@ -337,6 +332,26 @@ class ModelReader:
         return {k: v.contiguous() for k, v in found.items()}
 
 
+def renamed(
+    model: PreTrainedModel, names: list[str], state: dict[str, Tensor], conversions: list | None = None
+) -> dict[str, tuple[str, str | None]]:
+    """Name on disk -> (name in the model, pattern of the conversion that it goes through, or None), of those that
+    `state`, the model's or one like it, has a place for."""
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, None, None)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    prefix = model.base_model_prefix
+    found = {}
+    for name in sorted(names):  # some renamings begin only at a name that comes before the others
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target in state:
+            found[name] = target, pattern
+    return found
+
+
 def _return_freed_memory() -> None:
     """glibc keeps freed blocks of up to 32 MB for itself; over 64 small layers that came to 380 MB."""
     with suppress(OSError, AttributeError):  # not Linux, or another C library
@@ -400,14 +415,15 @@ class CheckpointWriter:
 
     def copy_plain(
         self, checkpoint: Checkpoint, names: list[str], *, source: Fp8Source | None = None,
-        change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor, checked: Container[str] | None = None,
+        change: Change = lambda name, tensor: {name: tensor}, checked: Container[str] | None = None,
     ) -> None:  # fmt: skip
         """Tensors as they lie on disk, at most COPY_LIMIT bytes at a time.
 
         Args:
             source: undoes FP8 on the way; scales are not copied then.
-            change: (name, tensor) -> what is written instead.
-            checked: names whose values must be finite, all of them if None; a buffer may hold an infinity and mean it.
+            change: (name, tensor) -> what is written instead, by name.
+            checked: names on disk whose values must be finite, all of them if None; a buffer may hold an infinity and
+                mean it.
         """
         if source is not None:
             names = [name for name in names if not name.endswith(SCALE)]
@@ -417,7 +433,7 @@ class CheckpointWriter:
             with checkpoint.slices([name]) as slices:
                 view = slices[name]
                 count = int(torch.Size(view.get_shape()).numel())
-            bytes_ = count * _item_size(view.get_dtype())
+            bytes_ = count * item_size(view.get_dtype())
             if batch and size + bytes_ > COPY_LIMIT:
                 self._copy(checkpoint, batch, source, change, checked)
                 batch, size = [], 0
@@ -427,7 +443,7 @@ class CheckpointWriter:
             self._copy(checkpoint, batch, source, change, checked)
 
     def _copy(
-        self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Callable,
+        self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Change,
         checked: Container[str] | None,
     ) -> None:  # fmt: skip
         scales = [name + SCALE for name in names if source is not None and name + SCALE in checkpoint.files]
@@ -437,10 +453,14 @@ class CheckpointWriter:
             for name in scales:
                 weight = name.removesuffix(SCALE)
                 tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
-        tensors = {name: change(name, tensor) for name, tensor in tensors.items()}
-        numbers = {n: t for n, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize > 1}
-        check_finite(checkpoint.folder.name, {n: t for n, t in numbers.items() if checked is None or n in checked})
-        self.add(tensors)
+        written: dict[str, Tensor] = {}
+        for name in list(tensors):
+            made = change(name, tensors.pop(name))
+            if checked is None or name in checked:
+                numbers = {n: t for n, t in made.items() if t.is_floating_point() and t.dtype.itemsize > 1}
+                check_finite(checkpoint.folder.name, numbers)
+            written |= made
+        self.add(written)
 
     def text(self, name: str, content: str) -> None:
         write_atomically(self.folder / name, content.encode())
@@ -474,11 +494,11 @@ class CheckpointWriter:
             names = list(file.keys())
             for tensor in names:
                 view = file.get_slice(tensor)
-                size += int(torch.Size(view.get_shape()).numel()) * _item_size(view.get_dtype())
+                size += int(torch.Size(view.get_shape()).numel()) * item_size(view.get_dtype())
         self._shards.append((name, names, size))
 
 
-def _item_size(dtype: str) -> int:
+def item_size(dtype: str) -> int:
     """Bytes of a safetensors dtype: F32, BF16, F8_E4M3, I64, BOOL ..."""
     digits = "".join(c for c in dtype.split("_")[0] if c.isdigit())
     return int(digits) // 8 if digits else 1

@@ -42,6 +42,7 @@ def compress(
     device: torch.device | str | None = None,
     heal: int = 0,
     drop_mtp: bool = False,
+    rest_bits: int = 16,
     run: str | Path | None = None,
     text_column: str | None = None,
     trust_remote_code: bool = False,
@@ -73,6 +74,8 @@ def compress(
             the model wrote a share of the calibration text, healing reads text of its own too.
         drop_mtp: leave out layers of multi-token prediction, which are kept otherwise (and cut like the others where
             experts become fewer or narrower), and let config.json say that there are none.
+        rest_bits: 8 or 4 rounds the larger matrices that are not routed experts' (attention, shared experts, dense
+            layers, embeddings, these to 8 at least) when the checkpoint is written; 16 leaves them as they are.
         run: folder of the intermediate files, kept when named. By default `OUTPUT.run`, removed at the end; a killed
             run continues from it when the same call is made again.
         text_column: of .jsonl, .parquet and datasets; `text`, `messages` or `prompt` with `completion` otherwise.
@@ -89,7 +92,7 @@ def compress(
         method, options, size=Size.of(ratio, bits, bpw, target_gb, bits_group), sequential=sequential,
         allocation=allocation, rank_multiple=rank_multiple,
         calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen, seed=seed,
-        text_column=text_column, drop_mtp=drop_mtp, heal=heal,
+        text_column=text_column, drop_mtp=drop_mtp, heal=heal, rest_bits=rest_bits,
     )  # fmt: skip
     streamed = StreamedModel(model, default_device() if device is None else device, trust_remote_code=trust_remote_code)
     folder = RunFolder(run or output.with_name(output.name + ".run"))

@@ -32,6 +32,7 @@ from .llama_cpp import (
 from .loading import Model
 from .plan import LayerPlan
 from .progress import Progress, Steps, silent
+from .rest import unpacking
 from .runtime.format import QUANT_METHOD, STUB, layer_plans
 from .runtime.module import FactorisedExperts
 from .text import names_own_code
@@ -71,7 +72,8 @@ def export_dense(
             steps.detail = plan.layer.decoder_layer
             writer.add(reader.disk_layout(_dense_layer(checkpoint, plan)))
             steps.tick()
-        writer.copy_plain(checkpoint, [n for n in checkpoint.files if n not in ours], checked=reader.parameters)
+        kept = [n for n in checkpoint.files if n not in ours]
+        writer.copy_plain(checkpoint, kept, change=unpacking(checkpoint, quantisation), checked=reader.parameters)
         writer.companions(folder, skip=("plan.json", "compression.json", f"{STUB}.py"))
         writer.text("config.json", json.dumps(plain, indent=2) + "\n")
     return output

@@ -437,9 +437,10 @@ def _write(folder: Path, model: Model, best: dict[str, Tensor], output: Path, he
     best = {name: best[first] for name, first in every.items() if first in best}
     targets, on_disk = reader.targets, reader.disk_layout(best)
 
-    def change(name: str, tensor: Tensor) -> Tensor:
+    def change(name: str, tensor: Tensor) -> dict[str, Tensor]:
         healed = on_disk.get(name, best.get(targets.get(name, (name,))[0]))
-        return tensor if healed is None else healed.to(tensor, copy=True).view_as(tensor)  # tied ones must not share
+        # Tied ones must not share.
+        return {name: tensor if healed is None else healed.to(tensor, copy=True).view_as(tensor)}
 
     with CheckpointWriter(output) as writer:
         writer.copy_plain(checkpoint, list(checkpoint.files), change=change, checked=reader.parameters)

@@ -24,7 +24,7 @@ PLENTY = 5.0  # bits a parameter at which hardly a channel goes; what is removed
 
 def make_plan(
     model: StreamedModel, method: Method, options: dict, size: Size, *, run: RunFolder, allocation: str | None = None,
-    rank_multiple: int | None = None, seed: int = 0, progress: Progress = silent,
+    rank_multiple: int | None = None, rest_bits: int = 16, seed: int = 0, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
     """Reads each layer's weights once (and its statistics, where the method plans by them) and spends the budget.
 
@@ -37,7 +37,7 @@ def make_plan(
         allocation: a rule of allocate.RULES, or None for the method's own.
         rank_multiple: ranks come in multiples of this; None for 8 on wide models and 1 on narrow ones.
     """
-    budget = budget_of(model, size, allocation, rank_multiple)
+    budget = budget_of(model, size, allocation, rank_multiple, rest_bits)
     needs = method.needs_to_plan(options, allocation)
     with run.opened(model):
         calibration = run.calibrated_for(model, needs, method.name)
@@ -117,7 +117,9 @@ def _priced(
     return method.priced(layer, found)
 
 
-def budget_of(model: StreamedModel, size: Size, allocation: str | None, rank_multiple: int | None) -> Budget:
+def budget_of(
+    model: StreamedModel, size: Size, allocation: str | None, rank_multiple: int | None, rest_bits: int = 16
+) -> Budget:
     """The budget that a size leaves. Raises UserError for what is none."""
     if allocation is not None and allocation not in RULES:
         raise unknown("allocation", allocation, RULES)
@@ -128,7 +130,11 @@ def budget_of(model: StreamedModel, size: Size, allocation: str | None, rank_mul
     if size.ratio is not None:
         storage = Storage(size.rounding, of_float=of_float)
         return Budget(int((1 - size.ratio) * total), size.ratio, allocation, rank_multiple, storage)
-    bits = int(size.bpw * total) if size.bpw is not None else _left_of(model, size, required(size.target_gb, "a size"))
+    bits = (
+        int(size.bpw * total)
+        if size.bpw is not None
+        else _left_of(model, required(size.target_gb, "a size"), rest_bits)
+    )
     each = bits / total
     if size.bits:
         gone = max(0.0, 1 - each / (size.bits + of_float / size.group))
@@ -138,9 +144,9 @@ def budget_of(model: StreamedModel, size: Size, allocation: str | None, rank_mul
     return Budget(int((1 - gone) * total), gone, allocation, rank_multiple, storage, bits)
 
 
-def _left_of(model: StreamedModel, size: Size, target_gb: float) -> int:
+def _left_of(model: StreamedModel, target_gb: float, rest_bits: int) -> int:
     """Bits that are left for the experts of a checkpoint of so many gigabytes."""
-    rest = rest_bytes(model, size.rest_bits)
+    rest = rest_bytes(model, rest_bits)
     left = int(target_gb * 1e9) - rest
     if left <= 0:
         raise TooSmall(

@@ -11,7 +11,6 @@ from .forms.packing import BITS
 MIXED = "mixed"
 DEFAULT_RATIO = 0.4
 GROUP = 64
-REST_BITS = (16, 8, 4)
 SMALLEST_GROUP, LARGEST_GROUP = 16, 256
 
 
@@ -25,7 +24,6 @@ class Size:
         target_gb: gigabytes (1e9 bytes) that all tensors of the checkpoint may take.
         bits: of private factors; 0: every channel's own; None: not rounded.
         group: neighbours that share a scale.
-        rest_bits: of what is not a routed expert; 16: as it is.
     """
 
     ratio: float | None = None
@@ -33,12 +31,11 @@ class Size:
     target_gb: float | None = None
     bits: int | None = None
     group: int = GROUP
-    rest_bits: int = 16
 
     @classmethod
     def of(
         cls, ratio: float | None = None, bits: int | str | None = None, bpw: float | None = None,
-        target_gb: float | None = None, group: int | None = None, rest_bits: int = 16,
+        target_gb: float | None = None, group: int | None = None,
     ) -> Size:  # fmt: skip
         """Fills in what was not said: with `bits` alone nothing is removed; with a size alone every channel has its own
         bits; with nothing at all DEFAULT_RATIO goes and nothing is rounded. Raises UserError."""
@@ -69,9 +66,7 @@ class Size:
             raise UserError(f"--bpw must be above 0 and at most 16, found {bpw}: bits a parameter of the experts.")
         if target_gb is not None and not target_gb > 0:
             raise UserError(f"--target-gb must be above 0, found {target_gb}: gigabytes that the checkpoint may take.")
-        if rest_bits not in REST_BITS:
-            raise UserError(f"--rest-bits must be one of {', '.join(map(str, REST_BITS))}, found {rest_bits}.")
-        return cls(ratio, bpw, target_gb, of_channels, group, rest_bits)
+        return cls(ratio, bpw, target_gb, of_channels, group)
 
     @property
     def rounding(self) -> Rounding | None:

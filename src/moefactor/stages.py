@@ -52,6 +52,7 @@ class Recipe:
         text_column: of .jsonl, .parquet and datasets.
         drop_mtp: leave out layers of multi-token prediction, and let config.json say that there are none.
         heal: steps of healing that follow, which read the text too.
+        rest_bits: of the matrices that are not a compressed expert's: 16, as they are, 8 or 4.
     """
 
     method: Method
@@ -68,6 +69,7 @@ class Recipe:
     text_column: str | None = None
     drop_mtp: bool = False
     heal: int = 0
+    rest_bits: int = 16
 
     @classmethod
     def of(cls, method: str, options: dict, *, ratio: float | None = None, **rest: Any) -> Recipe:
@@ -123,9 +125,13 @@ class Run:
     def check(self) -> None:
         """Raises UserError for what can be known to be wrong before anything is read."""
         if self.recipe.size is not None:
-            budget_of(self.model, self.recipe.size, self.recipe.allocation, self.recipe.rank_multiple)
+            recipe = self.recipe
+            budget_of(self.model, self.recipe.size, recipe.allocation, recipe.rank_multiple, recipe.rest_bits)
         self.recipe.check()
-        check_method(self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp)
+        check_method(
+            self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp,
+            rest_bits=self.recipe.rest_bits,
+        )  # fmt: skip
 
     @cached_property
     def own_share(self) -> float:
@@ -168,7 +174,8 @@ class Run:
         recipe = self.recipe
         return make_plan(
             self.model, recipe.method, recipe.options, required(recipe.size, "a size"), run=self.folder,
-            allocation=recipe.allocation, rank_multiple=recipe.rank_multiple, seed=recipe.seed, progress=self.progress,
+            allocation=recipe.allocation, rank_multiple=recipe.rank_multiple, rest_bits=recipe.rest_bits,
+            seed=recipe.seed, progress=self.progress,
         )  # fmt: skip
 
     def factorise(self, plan: Plan) -> None:
@@ -184,7 +191,8 @@ class Run:
     def write(self, plan: Plan, output: Path, command: str | None = None) -> None:
         with self.folder.opened(self.model):
             write_checkpoint(
-                self.model, plan, self.folder, output, command or self.command(output), drop_mtp=self.recipe.drop_mtp
+                self.model, plan, self.folder, output, command or self.command(output),
+                drop_mtp=self.recipe.drop_mtp, rest_bits=self.recipe.rest_bits,
             )  # fmt: skip
 
     def all(self, output: Path) -> Plan:
@@ -205,7 +213,8 @@ class Run:
             f"moefactor compress {shlex.quote(self.model.name)} --method {recipe.method.name} "
             f"{required(recipe.size, 'a size').told()}"
         )
-        return f"{start} -o {shlex.quote(output.name)}"
+        rest = "" if recipe.rest_bits == 16 else f" --rest-bits {recipe.rest_bits}"
+        return f"{start}{rest} -o {shlex.quote(output.name)}"
 
 
 def planned_recipe(plan: Plan, **rest: Any) -> tuple[Recipe, Plan]:

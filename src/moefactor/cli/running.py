@@ -46,6 +46,7 @@ from .shared import (
     Output,
     OwnText,
     RankMultiple,
+    RestBits,
     RunOption,
     Samples,
     Seed,
@@ -72,7 +73,7 @@ def compress(
     heal: Annotated[
         int, typer.Option(help="Steps of distillation from the dense model afterwards; both must fit in memory.", min=0)
     ] = 0,
-    drop_mtp: DropMtp = False,
+    drop_mtp: DropMtp = False, rest_bits: RestBits = 16,
     run: Annotated[
         Path | None, typer.Option(help="Keep the run folder here.", show_default="OUTPUT.run, removed at the end")
     ] = None,
@@ -88,7 +89,7 @@ def compress(
             model, method, ratio, output, bits=bits, bpw=bpw, target_gb=target_gb, bits_group=bits_group,
             calibration=calibration, own_text=own_text, samples=samples, seqlen=seqlen,
             seed=seed, sequential=sequential, allocation=allocation, rank_multiple=rank_multiple, device=device,
-            heal=heal, drop_mtp=drop_mtp, run=run, text_column=text_column,
+            heal=heal, drop_mtp=drop_mtp, rest_bits=rest_bits, run=run, text_column=text_column,
             trust_remote_code=trust_remote_code, progress=bars, on_coverage=show_coverage, **options,
         )  # fmt: skip
     say(f"Wrote {output}. Next: moefactor evaluate {output} --against {model}")
@@ -149,7 +150,7 @@ def factorise(
     samples: Samples = 256, seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
     sequential: Sequential = True, device: Device = None, text_column: Column = None, trust_remote_code: Trust = False,
-    drop_mtp: DropMtp = False,
+    drop_mtp: DropMtp = False, rest_bits: RestBits = 16,
 ) -> None:  # fmt: skip
     """Stage 3: the factors of every layer, from weights, statistics and RUN/plan.json; then the checkpoint."""
     refuse_existing(output)
@@ -158,7 +159,7 @@ def factorise(
     recipe, made = planned_recipe(
         Plan.read(folder.plan, streamed.experts), calibration=calibration, own_text=own_text, samples=samples,
         seqlen=seqlen, seed=seed, sequential=sequential, text_column=text_column,
-        drop_mtp=drop_mtp,
+        drop_mtp=drop_mtp, rest_bits=rest_bits,
     )  # fmt: skip
     with Bars() as bars, locked(output.with_name(f".{output.name}.lock"), str(output)):
         work = Run(streamed, recipe, folder, bars, show_coverage)

@@ -114,6 +114,14 @@ DropMtp = Annotated[
     bool, typer.Option("--drop-mtp", help="Leave out multi-token-prediction layers; config.json says there are none.")
 ]
 
+RestBits = Annotated[
+    int,
+    typer.Option(
+        help="16, 8 or 4: of the matrices that are not routed experts' (attention, shared experts, embeddings: 8 at "
+        "least). Rounded when the checkpoint is written."
+    ),
+]
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DTYPES = {name: getattr(torch, name) for name in get_args(Dtype)[1:]}
 

@@ -136,6 +136,13 @@ class Grid:
         return (levels + top).flatten(-2)[..., :count].to(torch.uint8)
 
 
+def round_to_nearest(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """(…, n) -> its codes (…, words) and scales (…, groups), these in its dtype."""
+    grid = Grid(bits, group)
+    scale = grid.scales(x)
+    return pack(grid.codes(x, scale), bits), scale.to(x.dtype)
+
+
 def grids(form: Quantised) -> dict[str, Grid]:
     """The inner form's tensors that are rounded -> their levels."""
     found = {name: Grid(bits, form.group) for name, bits in form.tensor_bits}

@@ -4,7 +4,7 @@ of them, and their experts behind the engine's router, activation and all-reduce
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..errors import UserError
 from ..plan import LayerPlan
 from ..prediction import NAMED
-from .format import QUANT_METHOD, described_layers
+from .format import QUANT_METHOD, Rest, described_layers
 from .module import FactorisedExperts
 from .parallel import Share, share_of_layer
 
@@ -100,6 +100,7 @@ class FolderConfig:
     def __init__(self, config: dict):
         super().__init__()
         self.plans = plans_by_index(config)
+        self.rest = Rest.from_json(config)
 
     @classmethod
     def from_config(cls, config: dict) -> FolderConfig:
@@ -141,6 +142,22 @@ def read_layer(checkpoint: Checkpoint, plan: LayerPlan) -> dict[str, Tensor]:
     """Name behind the layer's -> tensor, all that the plan speaks of. UserError for one that is missing."""
     with checkpoint.slices(stored_names(plan)) as slices:
         return {name.removeprefix(f"{plan.layer.name}."): view[:] for name, view in slices.items()}
+
+
+def unpacked(weights: Iterable[tuple[str, Tensor]], rest: Rest) -> Iterator[tuple[str, Tensor]]:
+    """A folder's stream of weights with what is stored in a few bits outside the experts as numbers again."""
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights:
+        weight, _, part = name.rpartition("_")
+        if part not in ("codes", "scale") or not rest.bits(weight):
+            yield name, tensor
+            continue
+        parts = waiting.setdefault(weight, {})
+        parts[part] = tensor
+        if len(parts) == 2:
+            yield weight, rest.numbers(weight, **waiting.pop(weight))
+    if waiting:
+        raise UserError(f"{min(waiting)}: its codes or its scales are missing in the folder. Download it again.")
 
 
 def zeros(plan: LayerPlan, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from ..errors import UserError, required
 from ..experts import ExpertLayer
+from ..forms.fields import Fields as Checked
+from ..forms.packing import BITS, values
 from ..plan import FORMAT_VERSION, LayerPlan, Plan
 
 QUANT_METHOD = "moefactor"
@@ -31,9 +37,71 @@ class Fields(Protocol):
     def widths(self) -> tuple[tuple[str, ...], ...]: ...
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What is stored in a few bits outside the experts: `rest` of the `quantization_config`.
+
+    A tensor X of the folder is then `X_codes` and `X_scale`, see forms/packing.py; rows are of a multiple of 32.
+
+    Args:
+        tensors: name -> bits; `*` stands for a number between two dots.
+        group: neighbours along the input axis that share a scale.
+    """
+
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    group: int = 64
+
+    @classmethod
+    def of(cls, bits: Mapping[str, int], every: Iterable[str], group: int) -> Rest:
+        """bits: of the tensors themselves. every: names of all tensors there are: a pattern speaks for all that it
+        fits, so those that differ from their like in other layers are named one by one."""
+        alike: dict[str, set[int]] = {}
+        for name in every:
+            alike.setdefault(_pattern(name), set()).add(bits.get(name, 0))
+        named = {_pattern(name) if len(alike[_pattern(name)]) == 1 else name: count for name, count in bits.items()}
+        return cls(named, group)
+
+    def bits(self, name: str) -> int:
+        """Of the tensor of that name in the folder; 0 where it is stored as it is."""
+        return self.tensors.get(name) or self.tensors.get(_pattern(name), 0)
+
+    def numbers(self, name: str, codes: Tensor, scale: Tensor) -> Tensor:
+        """(rows, columns) in the scale's dtype: what is stored of the tensor of that name, as numbers."""
+        bits = self.bits(name)
+        return values(codes, scale, bits, 32 * codes.shape[-1] // bits, self.group)
+
+    def names(self, numbers: int) -> list[str]:
+        """Those that there may be, with numbers below that for `*`."""
+        found = []
+        for name in self.tensors:
+            parts = [name]
+            while "*" in parts[0]:
+                parts = [part.replace("*", str(number), 1) for part in parts for number in range(numbers)]
+            found += parts
+        return found
+
+    def to_json(self) -> dict:
+        return {"group": self.group, "tensors": dict(self.tensors)}
+
+    @classmethod
+    def from_json(cls, config: dict) -> Rest:
+        """Of a `quantization_config`, which may have none. UserError for one that can't be read."""
+        if "rest" not in config:
+            return cls()
+        data = Checked(config["rest"], "quantization_config 'rest'")
+        tensors, group = data.get("tensors", dict), data.whole("group", 8, 1024)
+        if odd := [name for name, bits in tensors.items() if type(bits) is not int or bits not in BITS]:
+            raise data.error(f"bits of {odd[0]!r} must be one of {', '.join(map(str, BITS))}.")
+        return cls(tensors, group)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def checkpoint_config(
     source: Path, plan: Plan, model_type: str, fields: Fields, auto_class: str = "AutoModelForCausalLM", *,
-    without: tuple[tuple[str, ...], ...] = (), own_code: bool = False,
+    without: tuple[tuple[str, ...], ...] = (), own_code: bool = False, rest: Rest | None = None,
 ) -> str:  # fmt: skip
     """The source's config.json with our `quantization_config`, and two guards for readers without the package.
 
@@ -46,6 +114,7 @@ def checkpoint_config(
         without: paths of numbers, or of yes, that become 0 and no (prediction layers that are left out).
         own_code: only the repository's own code knows the architecture. That code is named where the second guard would
             be, so there is the first alone.
+        rest: what is stored in a few bits outside the experts, if anything is.
     """
     config = json.loads((source / "config.json").read_text())
     config["model_type"] = model_type  # as it was read: kimi_k2 is deepseek_v3 to transformers
@@ -54,7 +123,7 @@ def checkpoint_config(
         config = _with(config, path, lambda old: False if old is True else 0)
     if plan.standard():
         return json.dumps(smaller(config, plan, fields), indent=2) + "\n"
-    config["quantization_config"] = quantization_config(plan)
+    config["quantization_config"] = quantization_config(plan) | ({"rest": rest.to_json()} if rest else {})
     config["experts_implementation"] = QUANT_METHOD
     if not own_code:
         config["auto_map"] = {auto_class: f"{STUB}.{STUB_CLASS}"}

@@ -32,7 +32,7 @@ from ..errors import UserError
 from ..plan import LayerPlan
 from . import engine
 from .engine import Activation, EngineExperts
-from .format import QUANT_METHOD
+from .format import QUANT_METHOD, Rest
 from .parallel import Share
 
 LOADING = "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only"
@@ -139,7 +139,8 @@ def load_weights(
     }
     for values in parameters.values():
         values.fill_(torch.nan)
-    load(model, _without(ours, weights), target_device)
+    rest = next((c.rest for c in _configs(model)), Rest())
+    load(model, engine.unpacked(_without(ours, weights), rest), target_device)
     if lost := [name for name, values in parameters.items() if values.isnan().any()]:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UserError(f"{lost[0]}{more}: what SGLang builds it from is missing in the folder. Download it again.")
@@ -157,10 +158,14 @@ def choose_model(choose: Callable, model_config: Any) -> Any:
         model_config.quantization = QUANT_METHOD
 
 
+def _configs(model: torch.nn.Module) -> list[MoefactorConfig]:
+    every = [getattr(module, "quant_config", None) for module in model.modules()]
+    return [config for config in every if isinstance(config, MoefactorConfig)]
+
+
 def _check_unfactorised(model: torch.nn.Module) -> None:
     """UserError for a model of a compressed folder that has built none of its experts so. A draft model has none."""
-    configs = [getattr(module, "quant_config", None) for module in model.modules()]
-    if any(isinstance(config, MoefactorConfig) for config in configs) and not get_flags().moe.in_speculative_scope:
+    if _configs(model) and not get_flags().moe.in_speculative_scope:
         raise UserError(f"SGLang's {type(model).__name__} builds experts of its own, which can't be factorised ones.")
 
 

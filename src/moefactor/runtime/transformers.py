@@ -7,6 +7,7 @@ registers it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container, Mapping
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import models  # noqa: F401 (registers what transformers lacks)
 from ..compat import check_shapes, mend_dtypes, show_parallel_plans
 from ..errors import UserError
-from .format import QUANT_METHOD, layer_plans
+from .format import QUANT_METHOD, Rest, layer_plans
+from .linear import Packed, pack_module
 from .module import FactorisedExperts
 
 
@@ -50,6 +52,7 @@ class MoefactorQuantizer(HfQuantizer):
             parent = model.get_submodule(parent_name)
             setattr(parent, leaf, FactorisedExperts.replacing(getattr(parent, leaf), plan))
             _stand_in(getattr(parent, leaf))
+        self.rest = _pack_rest(model, Rest.from_json(vars(self.quantization_config)))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         show_parallel_plans(self, model)
@@ -66,8 +69,8 @@ class MoefactorQuantizer(HfQuantizer):
             for name, parameter in model.named_parameters()
             if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False)
         ]
-        experts = {name for name, module in model.named_modules() if isinstance(module, FactorisedExperts)}
-        lost = [name for name in unfilled if name.rpartition(".")[0] in experts]
+        ours = {name for name, module in model.named_modules() if isinstance(module, FactorisedExperts | Packed)}
+        lost = [name for name in unfilled if name.rpartition(".")[0] in ours]
         if lost:
             raise UserError(f"{lost[0]}: missing from the checkpoint ({len(lost)} such tensors). Download it again.")
         check_shapes(model, "", self.shapes)
@@ -87,7 +90,10 @@ class MoefactorQuantizer(HfQuantizer):
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Drops the rules for the experts, or tensor parallelism would all-reduce their output twice."""
+        """Drops the rules for the experts, or tensor parallelism would all-reduce their output twice; and all of them
+        where other matrices are packed too, since words of several codes can't be cut anywhere: every rank has all."""
+        if self.rest:
+            plan.clear()
         for rule in [name for name in plan if ".experts" in name]:
             del plan[rule]
 
@@ -97,6 +103,36 @@ class MoefactorQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _pack_rest(model: PreTrainedModel, rest: Rest) -> list[str]:
+    """Modules of packed weights for what the folder has packed outside the experts; returns their paths."""
+    from ..checkpoint import renamed
+
+    state, tied = model.state_dict(), dict(model.all_tied_weights_keys)
+    numbers = [int(part) for name in state for part in name.split(".") if part.isdigit()]
+    # On disk they may count otherwise: blocks instead of layers, from one on.
+    names = rest.names(2 * max(numbers, default=0) + 2)
+    bits = {target: rest.bits(name) for name, (target, _) in renamed(model, names, state).items()}
+    for pair in tied.items():
+        for one, other in (pair, pair[::-1]):
+            if one in bits:
+                bits.setdefault(other, bits[one])
+    paths = [name.removesuffix(".weight") for name in bits]
+    for path in paths:
+        pack_module(model, path, bits[f"{path}.weight"], rest.group)
+    for prefix, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and (ties := part.get_expanded_tied_weights_keys()):
+            start = f"{prefix}." if prefix else ""
+            part._tied_weights_keys = _packed_ties(ties, {n.removeprefix(start) for n in bits if n.startswith(start)})
+    model.all_tied_weights_keys = _packed_ties(tied, bits)
+    return paths
+
+
+def _packed_ties(ties: Mapping[str, str], packed: Container[str]) -> dict[str, str]:
+    """What is tied to what, codes to codes and scales to scales."""
+    parts = {target: ("_codes", "_scale") if target in packed else ("",) for target in ties}
+    return {target + part: source + part for target, source in ties.items() for part in parts[target]}
 
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..errors import UserError
 from ..plan import LayerPlan
 from . import engine
 from .engine import Activation, EngineExperts
-from .format import QUANT_METHOD
+from .format import QUANT_METHOD, Rest
 from .parallel import Share
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")  # those that vLLM's default loader reads
@@ -119,7 +120,14 @@ class FactorisedMoEMethod(FusedMoEMethodBase):
 
 
 class StrictLoader(DefaultModelLoader):
-    """vLLM's own, which for anything that it takes for quantised does not look whether every weight was there."""
+    """vLLM's own, which for anything that it takes for quantised does not look whether every weight was there. It gives
+    what is packed outside the experts as numbers, and vLLM keeps these."""
+
+    def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+        weights = super().get_all_weights(model_config, model)
+        if model_config.quantization != QUANT_METHOD:
+            return weights
+        return engine.unpacked(weights, Rest.from_json(model_config.hf_config.quantization_config))
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         if model_config.quantization == QUANT_METHOD:
