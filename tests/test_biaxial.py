@@ -28,7 +28,7 @@ from layers import (
     stacked,
 )
 from models import IDS, load, logits, read_plan, rebuilt
-from moefactor.allocate import Budget
+from moefactor.allocate import PARAMETERS, Budget
 from moefactor.errors import UserError
 from moefactor.experts import CompressedExperts, ExpertLayer, ExpertWeights
 from moefactor.fitting.metrics import RIDGE, Cut, Metrics, roots
@@ -397,7 +397,7 @@ def test_what_a_basis_is_priced_at(weights: ExpertWeights, stats: LayerStats, da
     """With experts that differ in nothing but their weights, the tail of a singular value decomposition."""
     metrics = Metrics(weights, None if damping == 0 else stats, damping)
     cut = Cut.of(metrics, metrics.prices(), [16] * 8)
-    offers = biaxial_plan._latents(weights.layer, 2 * 8 * 16, cut.first_directions()[0], 1)
+    offers = biaxial_plan._latents(weights.layer, 2 * 8 * 16, cut.first_directions()[0], 1, PARAMETERS, None)
     singular = torch.linalg.svdvals(metrics.first.weights.double().flatten(0, 1))
     level = 0.5 * metrics.sensitivity[0, 0] * metrics.input(0)[0, 0]
     whole = biaxial_mixture.cost_of(metrics, cut, "first", cut.first_rows())

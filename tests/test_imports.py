@@ -13,7 +13,19 @@ import pytest
 import moefactor
 
 SOURCE = Path(moefactor.__file__).parent
-NOUNS = {"errors", "progress", "experts", "stats", "routing", "plan", "allocate", "knapsack", "forms", "coverage"}
+NOUNS = {
+    "errors",
+    "progress",
+    "experts",
+    "stats",
+    "routing",
+    "plan",
+    "allocate",
+    "size",
+    "knapsack",
+    "forms",
+    "coverage",
+}
 MATHS = {"fitting", "methods"}
 VERBS = {
     "inspection", "calibrate", "planning", "factorise", "write", "stages", "compression", "comparison", "evaluation",

@@ -130,11 +130,10 @@ def budget_of(
     if size.ratio is not None:
         storage = Storage(size.rounding, of_float=of_float)
         return Budget(int((1 - size.ratio) * total), size.ratio, allocation, rank_multiple, storage)
-    bits = (
-        int(size.bpw * total)
-        if size.bpw is not None
-        else _left_of(model, required(size.target_gb, "a size"), rest_bits)
-    )
+    if size.bpw is not None:
+        bits = int(size.bpw * total)
+    else:
+        bits = _left_of(model, required(size.target_gb, "a size"), rest_bits)
     each = bits / total
     if size.bits:
         gone = max(0.0, 1 - each / (size.bits + of_float / size.group))

@@ -123,14 +123,14 @@ def calibrate(
 def plan(
     context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: MaybeRatio = None,
     bits: Bits = None, bpw: Bpw = None, target_gb: TargetGb = None, bits_group: BitsGroup = None,
-    seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
+    rest_bits: RestBits = 16, seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
     trust_remote_code: Trust = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks, write nothing.")] = False,
 ) -> None:  # fmt: skip
     """Stage 2: which layer and group gets which rank. Writes RUN/plan.json, which you may edit."""
     recipe = Recipe.of(
         method, method_options(context.args), size=Size.of(ratio, bits, bpw, target_gb, bits_group),
-        allocation=allocation, rank_multiple=rank_multiple, seed=seed,
+        allocation=allocation, rank_multiple=rank_multiple, seed=seed, rest_bits=rest_bits,
     )  # fmt: skip
     with Bars() as bars, TemporaryDirectory() as nowhere:
         folder = RunFolder(nowhere if dry_run and not run.exists() else run)
