@@ -14,18 +14,8 @@ import moefactor
 
 SOURCE = Path(moefactor.__file__).parent
 NOUNS = {
-    "errors",
-    "progress",
-    "experts",
-    "stats",
-    "routing",
-    "plan",
-    "allocate",
-    "size",
-    "knapsack",
-    "forms",
-    "coverage",
-}
+    "errors", "progress", "experts", "stats", "routing", "plan", "allocate", "size", "knapsack", "forms", "coverage",
+}  # fmt: skip
 MATHS = {"fitting", "methods"}
 VERBS = {
     "inspection", "calibrate", "planning", "factorise", "write", "stages", "compression", "comparison", "evaluation",
@@ -46,7 +36,7 @@ ALLOWED = {
     "stages": {"calibrate", "planning", "factorise", "write"},  # it is the one that puts them in order
     "factorise": {"calibrate"},  # what the text is
     "compression": {"stages", "healing"},
-    "comparison": {"stages", "planning", "evaluation"},
+    "comparison": {"stages", "evaluation"},
 }
 
 

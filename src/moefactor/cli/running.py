@@ -123,7 +123,8 @@ def calibrate(
 def plan(
     context: typer.Context, model: Model, run: RunOption, method: MethodName = "biaxial", ratio: MaybeRatio = None,
     bits: Bits = None, bpw: Bpw = None, target_gb: TargetGb = None, bits_group: BitsGroup = None,
-    rest_bits: RestBits = 16, seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None, device: Device = None,
+    rest_bits: RestBits = 16, seed: Seed = 0, allocation: Allocation = None, rank_multiple: RankMultiple = None,
+    device: Device = None,
     trust_remote_code: Trust = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the ranks, write nothing.")] = False,
 ) -> None:  # fmt: skip

@@ -20,7 +20,7 @@ from ..forms.packing import BITS, pack
 CLIPS = torch.linspace(1.0, 0.35, 20).tolist()
 PART = 1 << 22  # numbers whose scales are searched at a time
 SAMPLE = 4096  # groups that say what rounding costs
-SMALLEST = 1e-20  # a scale; of groups of zeros
+SMALLEST = 1e-20  # of scales to divide by; that of a group of zeros is zero
 
 
 def grouped(x: Tensor, group: int) -> Tensor:
@@ -30,7 +30,7 @@ def grouped(x: Tensor, group: int) -> Tensor:
 
 def nearest(x: Tensor, scale: Tensor, top: Tensor) -> Tensor:
     """Levels, in scales, nearest to (…, groups, group); scale (…, groups, 1), top (2^bits − 1) / 2."""
-    return ((x / scale - 0.5).round() + 0.5).clamp(-top, top)
+    return ((x / scale.clamp(min=SMALLEST) - 0.5).round() + 0.5).clamp(-top, top)
 
 
 def _top(bits: int, device: torch.device) -> Tensor:
@@ -48,7 +48,7 @@ def search_scales(x: Tensor, bits: int, group: int) -> Tensor:
 
 def _searched(parts: Tensor, top: Tensor) -> Tensor:
     """(n, group) -> (n,)"""
-    largest = parts.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
+    largest = parts.abs().amax(-1, keepdim=True)
     best = scale = None
     for clip in CLIPS:
         tried = (largest * clip / top).bfloat16().float()
@@ -76,7 +76,7 @@ def relative_noise(x: Tensor, group: int, seed: int = 0) -> dict[int, float]:
 
 def _stored(scale: Tensor) -> Tensor:
     """A scale as it will be read; training must not take it through zero."""
-    return scale.clamp(min=SMALLEST).bfloat16().float()
+    return scale.clamp(min=0).bfloat16().float()
 
 
 class Straight(torch.autograd.Function):
@@ -86,7 +86,7 @@ class Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, top: Tensor, group: int) -> Tensor:
         scale = _stored(scale).unsqueeze(-1)
-        levels = grouped(x, group) / scale
+        levels = grouped(x, group) / scale.clamp(min=SMALLEST)
         chosen = ((levels - 0.5).round() + 0.5).clamp(-top, top)
         ctx.save_for_backward(levels, chosen, top)
         ctx.count, ctx.group = x.shape[-1], group
