@@ -1,0 +1,120 @@
+"""What a dense model says of some text, kept in one file, so that compressed ones are compared with it without it.
+
+A safetensors file. For text number i: `i.ids` (windows, L) int32; `i.top` (windows, L − 1, K) int32, the likeliest next
+tokens, in no promised order; `i.cells` (windows, L − 1, K + 1) float32, their log-probabilities and that of all others;
+`i.loss` (windows, L − 1) float32, minus the log-probability of the token that comes; `i.best` (windows, L − 1) int32,
+the likeliest. `greedy` (outputs, L) int32: prompts, each with its likeliest continuation, -1 after an end. The header
+holds JSON: what it belongs to, what was measured of the dense model, and a checksum. About 8 K bytes a token of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .errors import UserError
+from .files import differences, digest_of, read_about, read_tensors, tensors_digest, write_tensors
+from .identity import other_weights
+from .text import OWN, Tokenizer
+
+VERSION = 1
+KEYS = {"baseline", "asked", "weights", "dense", "vocabulary", "texts", "sha256"}
+
+
+@dataclass(frozen=True)
+class DenseText:
+    """The dense model's word on one text, see above."""
+
+    ids: Tensor
+    top: Tensor
+    cells: Tensor
+    loss: Tensor
+    best: Tensor
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The dense model's word on several texts.
+
+    asked: what was to be measured, and how.  weights: weights_record of the dense model.  dense: its Evaluation, as a
+    dict.  vocabulary: width of its logits.  texts: by label.  greedy: see above; None where none was asked for.
+    """
+
+    asked: dict
+    weights: dict
+    dense: dict
+    vocabulary: int
+    texts: dict[str, DenseText]
+    greedy: Tensor | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """Labels of the texts, without what the model wrote itself."""
+        return [label for label in self.texts if label != OWN]
+
+    @property
+    def top(self) -> int:
+        """Tokens of each distribution that are known apart."""
+        return next(text.top.shape[-1] for text in self.texts.values())
+
+    def write(self, path: Path) -> None:
+        tensors = {
+            f"{index}.{part.name}": getattr(text, part.name)
+            for index, text in enumerate(self.texts.values())
+            for part in fields(text)
+        }
+        if self.greedy is not None:
+            tensors["greedy"] = self.greedy
+        about = {
+            "baseline": VERSION, "asked": self.asked, "weights": self.weights, "dense": self.dense,
+            "vocabulary": self.vocabulary, "texts": list(self.texts), "sha256": tensors_digest(tensors),
+        }  # fmt: skip
+        write_tensors(path, tensors, about)
+
+    @classmethod
+    def read(cls, path: Path) -> Baseline:
+        """UserError for a file that is damaged, or not of ours."""
+        about = read_about(path)
+        if about is None or not about.keys() >= KEYS:
+            raise UserError(f"{path}: not a baseline that moefactor wrote. Choose another name.")
+        if about["baseline"] != VERSION:
+            raise UserError(f"{path}: a baseline of another version of moefactor. Remove it, and it is measured again.")
+        tensors = read_tensors(path)
+        if tensors_digest(tensors) != about["sha256"]:
+            raise UserError(f"{path}: damaged: its numbers are not those that were written. Remove it.")
+        texts = {
+            label: DenseText(**{part.name: tensors[f"{index}.{part.name}"] for part in fields(DenseText)})
+            for index, label in enumerate(about["texts"])
+        }
+        kept = {key: about[key] for key in ("asked", "weights", "dense", "vocabulary")}
+        return cls(**kept, texts=texts, greedy=tensors.get("greedy"))
+
+    def check(self, path: Path, asked: dict, given: Callable[[int], dict[str, Tensor]], dense: Path | None) -> None:
+        """UserError, with what differs, where it was measured otherwise, on other text, or is another model's.
+
+        Args:
+            given: vocabulary -> the windows of the texts that are asked for, by label.
+            dense: the folder of the model that it should be of; None for any.
+        """
+        found = differences(asked, self.asked)
+        if not found:
+            ids = given(self.vocabulary)
+            found = [
+                f"{label} is other text now" for label in ids if not ids[label].equal(self.texts[label].ids.long())
+            ]
+        if not found and dense is not None:
+            found = [f"{dense}: {what}" for what in other_weights(self.weights, Checkpoint(dense))]
+        if found:
+            raise UserError(
+                f"{path}: a baseline for something else ({'; '.join(found[:3])}). Ask for the same, or name another "
+                "file: it is then measured."
+            )
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Of the tokens that there are; what it makes of a text is seen by the text's own ids."""
+    return digest_of(tokenizer.get_vocab())[:16]

@@ -1,0 +1,227 @@
+"""A compressed model beside the dense one, token by token: divergence, agreement, loops, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .baseline import Baseline, DenseText, tokenizer_digest
+from .checkpoint import Checkpoint, resolve
+from .discover import read_config
+from .divergence import Divergence, Repetition, Scores, cells, divergence_of, kl_of_cells, repetition_of
+from .errors import UserError
+from .evaluation import Evaluation, Subject, cut, label_of
+from .files import locked
+from .identity import weights_record
+from .progress import Progress, Steps, silent
+from .text import (
+    OWN,
+    Reading,
+    continue_text,
+    generation_settings,
+    load_tokenizer,
+    model_length,
+    vocabulary_of,
+    write_windows,
+)
+
+TOP = 128  # likeliest tokens kept of each distribution of the dense model
+LOGITS_AT_ONCE = 1 << 25  # where a whole vocabulary is looked at in float32
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A model beside the dense one.
+
+    texts: by label; `self` is what the dense model writes itself.
+    overall: mean over the given texts, each with the same weight, the dense model's own not among them.
+    top: likeliest tokens of the dense model that the divergence knows apart; `vocabulary` where it is exact.
+    repetition: of greedy output, where that was asked for.
+    """
+
+    dense: Evaluation
+    model: Evaluation
+    texts: dict[str, Divergence]
+    overall: Divergence
+    top: int
+    vocabulary: int
+    repetition: Repetition | None = None
+
+
+def evaluate_against(
+    name: str, dense: str | None, texts: Sequence[str | None], *, baseline: str | Path | None = None, top: int = TOP,
+    own: int = 0, greedy: int = 0, seed: int = 0, window: int | None = None, max_windows: int | None = None,
+    batch_size: int = 8, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto",
+    text_column: str | None = None, trust_remote_code: bool = False, progress: Progress = silent,
+) -> Contrast:  # fmt: skip
+    """Measures the dense model and then `name`, one in memory at a time, and how far their next tokens are apart.
+
+    Args:
+        name: of the model, usually compressed from the dense one; it must have the same tokens.
+        dense: what it is compared with; None for whatever `baseline` has.
+        baseline: a file for the dense model's word on these texts. Where it does not exist it is measured and written;
+            where it does the dense model is not loaded. UserError where it is for other weights, texts or options.
+        top: likeliest tokens of the dense model that are kept of each distribution; all others count as one, which
+            makes the divergence a lower bound, and exact where `top` is the vocabulary or more.
+        own: windows that the dense model writes itself, drawn from its distribution, to compare on as well.
+        greedy: windows, spread over the texts, whose first quarter both models go on from with the likeliest token, for
+            the other three quarters or until they end it, to see what repeats itself.
+        seed: of the dense model's own text, and of the intervals.
+    The others as for evaluate; they hold for both models.
+    """
+    if top < 1 or own < 0 or greedy < 0:
+        raise UserError(
+            f"{top} likeliest tokens, {own} own and {greedy} greedy windows: at least 1, 0 and 0 are needed."
+        )
+    file = None if baseline is None else Path(baseline).expanduser()
+    folder = resolve(name)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    length = model_length(read_config(folder, name, trust_remote_code), window)
+    asked = {
+        "texts": [label_of(text) for text in texts], "window": length, "max_windows": max_windows, "top": top,
+        "own": own, "greedy": greedy, "seed": seed if own else None, "dtype": str(dtype).removeprefix("torch."),
+        "tokenizer": tokenizer_digest(tokenizer),
+    }  # fmt: skip
+
+    def loaded(of: str) -> Subject:
+        return Subject(of, device, dtype, trust_remote_code, batch_size, progress)
+
+    def given(vocabulary: int) -> dict[str, Tensor]:
+        return cut(Reading(tokenizer, vocabulary, length, text_column), texts, max_windows)
+
+    def measured() -> Baseline:
+        if dense is None:
+            raise UserError(f"{file or name}: no dense model's word to compare with; name the model, too (--against).")
+        theirs = load_tokenizer(resolve(dense), trust_remote_code)
+        if tokenizer_digest(theirs) != asked["tokenizer"]:
+            raise UserError(f"{name}: has other tokens than {dense}, so what they say next can't be compared.")
+        subject = loaded(dense)
+        return _measured(subject, given(vocabulary_of(subject.model)), asked)
+
+    if file is None:
+        known = measured()
+    elif file.exists():
+        known = Baseline.read(file)
+        known.check(file, asked, given, None if dense is None else resolve(dense))
+    else:
+        with locked(file.with_name(file.name + ".lock"), str(file)):
+            known = measured()
+            known.write(file)
+    return _contrast(loaded(name), known, seed)
+
+
+def _measured(subject: Subject, texts: dict[str, Tensor], asked: dict) -> Baseline:
+    """The dense model's word on the texts, and on what it writes itself."""
+    parts: dict[str, list[list[Tensor]]] = {label: [] for label in [*texts, OWN]}
+    widths = set()
+
+    def look(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
+        widths.add(logits.shape[-1])
+        seen = []
+        for _, p in _log_probs(logits):
+            top = p.topk(min(asked["top"], p.shape[-1])).indices
+            seen.append((top.int(), cells(p, top), p.argmax(-1).int()))
+        tensors = [torch.cat(each).unflatten(0, losses.shape) for each in zip(*seen, strict=True)]
+        parts[label].append([tensor.cpu() for tensor in (*tensors, losses)])
+
+    evaluation = subject.evaluation(texts, look)
+    every = dict(texts)
+    if asked["own"]:
+        every[OWN] = write_windows(
+            subject.model, subject.tokenizer, asked["own"], asked["window"], asked["seed"], subject.progress
+        )
+        subject.score({OWN: every[OWN]}, look)
+    said = {}
+    for label, ids in every.items():
+        top, kept, best, losses = (torch.cat(each) for each in zip(*parts.pop(label), strict=True))
+        said[label] = DenseText(ids.int(), top, kept, losses, best)
+    greedy = _continued(subject, _prompts(texts, asked["greedy"])) if asked["greedy"] else None
+    weights = weights_record(Checkpoint(subject.folder))
+    return Baseline(asked, weights, asdict(evaluation), widths.pop(), said, greedy)
+
+
+def _contrast(subject: Subject, known: Baseline, seed: int) -> Contrast:
+    parts: dict[str, list[Tensor]] = {label: [] for label in known.texts}
+
+    def look(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
+        if logits.shape[-1] != known.vocabulary:
+            raise UserError(
+                f"{subject.name}: says {logits.shape[-1]} numbers of each next token, the dense model "
+                f"{known.vocabulary}: they can't be compared."
+            )
+        dense, device = known.texts[label], logits.device
+        kl, agreement = torch.empty(losses.shape), torch.empty(losses.shape)
+        for (window, at), q in _log_probs(logits):
+            top, kept, best = (part[first + window, at].to(device) for part in (dense.top, dense.cells, dense.best))
+            kl[window, at] = kl_of_cells(kept, cells(q, top.long())).cpu()
+            agreement[window, at] = (q.argmax(-1) == best).float().cpu()
+        rise = losses.cpu() - dense.loss[first : first + len(losses)]
+        parts[label].append(torch.stack([part.double().mean(1) for part in (kl, agreement, rise)], 1))
+
+    evaluation = subject.evaluation({label: known.texts[label].ids.long() for label in known.given}, look)
+    if OWN in known.texts:
+        subject.score({OWN: known.texts[OWN].ids.long()}, look)
+    scores = {label: Scores(torch.cat(found), known.texts[label].loss.shape[1]) for label, found in parts.items()}
+    return Contrast(
+        Evaluation(**known.dense),
+        evaluation,
+        {label: divergence_of([found], seed) for label, found in scores.items()},
+        divergence_of([scores[label] for label in known.given], seed),
+        known.top,
+        known.vocabulary,
+        None if known.greedy is None else _repetition(subject, known.greedy, seed),
+    )
+
+
+def _log_probs(logits: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:
+    """(n, L, vocabulary) -> window and positions, and their log-probabilities (positions, vocabulary) in float32, a
+    part of a window at a time: of a large vocabulary a batch's would come to many times the logits."""
+    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    for window, row in enumerate(logits):
+        for start in range(0, len(row), step):
+            at = slice(start, start + step)
+            yield (window, at), row[at].float().log_softmax(-1)
+
+
+def _prompts(texts: dict[str, Tensor], count: int) -> Tensor:
+    """(count, length), as many as there are at most: windows spread evenly over all the texts."""
+    every = torch.cat(list(texts.values()))
+    return every[torch.linspace(0, len(every) - 1, min(count, len(every))).long()]
+
+
+def _continued(subject: Subject, prompts: Tensor) -> Tensor:
+    """(n, length) windows -> the same shape, int32: their first quarter, then what is likeliest, -1 from an end on."""
+    prompt = _prompt_length(prompts.shape[1])
+    found = generation_settings(subject.folder, ("eos_token_id",))
+    ends = found.get("eos_token_id", subject.tokenizer.eos_token_id)
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
+    batches = prompts.long().split(subject.batch_size)
+    steps = Steps(subject.progress, "greedy", len(batches))
+    written = torch.full(prompts.shape, -1, dtype=torch.int32)
+    written[:, :prompt] = prompts[:, :prompt]
+    for rows, ids in zip(written.split(subject.batch_size), batches, strict=True):
+        ids = ids[:, :prompt].to(subject.model.device)
+        out = continue_text(subject.model, subject.tokenizer, ids, prompts.shape[1] - prompt, found)[:, prompt:].cpu()
+        ended = torch.isin(out, ends).cumsum(1) > 0
+        rows[:, prompt : prompt + out.shape[1]] = out.masked_fill(ended, -1)
+        steps.tick()
+    return written
+
+
+def _prompt_length(window: int) -> int:
+    return max(1, window // 4)
+
+
+def _repetition(subject: Subject, dense: Tensor, seed: int) -> Repetition:
+    """dense: (n, length) prompts and what the dense model made of them, see _continued."""
+    prompt = _prompt_length(dense.shape[1])
+
+    def outputs(written: Tensor) -> list[Tensor]:
+        return [row[row >= 0] for row in written[:, prompt:]]
+
+    model = _continued(subject, dense)
+    return repetition_of(outputs(dense), outputs(model), prompt, dense.shape[1] - prompt, seed)
