@@ -38,7 +38,7 @@ ALLOWED = {
     "factorise": {"calibrate"},  # what the text is
     "compression": {"stages", "healing"},
     "contrast": {"evaluation"},
-    "comparison": {"stages", "planning", "evaluation"},
+    "comparison": {"stages", "planning", "evaluation", "contrast"},
 }
 
 

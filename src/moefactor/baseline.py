@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, resolve
 from .errors import UserError
 from .files import differences, digest_of, read_about, read_tensors, tensors_digest, write_tensors
 from .identity import other_weights
@@ -93,12 +93,12 @@ class Baseline:
         kept = {key: about[key] for key in ("asked", "weights", "dense", "vocabulary")}
         return cls(**kept, texts=texts, greedy=tensors.get("greedy"))
 
-    def check(self, path: Path, asked: dict, given: Callable[[int], dict[str, Tensor]], dense: Path | None) -> None:
+    def check(self, path: Path, asked: dict, given: Callable[[int], dict[str, Tensor]], dense: str | None) -> None:
         """UserError, with what differs, where it was measured otherwise, on other text, or is another model's.
 
         Args:
             given: vocabulary -> the windows of the texts that are asked for, by label.
-            dense: the folder of the model that it should be of; None for any.
+            dense: the model that it should be of; None for any.
         """
         found = differences(asked, self.asked)
         if not found:
@@ -107,11 +107,11 @@ class Baseline:
                 f"{label} is other text now" for label in ids if not ids[label].equal(self.texts[label].ids.long())
             ]
         if not found and dense is not None:
-            found = [f"{dense}: {what}" for what in other_weights(self.weights, Checkpoint(dense))]
+            found = [f"{dense}: {what}" for what in other_weights(self.weights, Checkpoint(resolve(dense)))]
         if found:
             raise UserError(
                 f"{path}: a baseline for something else ({'; '.join(found[:3])}). Ask for the same, or name another "
-                "file: it is then measured."
+                "file or remove this one, and it is measured."
             )
 
 

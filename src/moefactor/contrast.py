@@ -15,7 +15,7 @@ from .discover import read_config
 from .divergence import Divergence, Repetition, Scores, cells, divergence_of, kl_of_cells, repetition_of
 from .errors import UserError
 from .evaluation import Evaluation, Subject, cut, label_of
-from .files import locked
+from .files import differences, locked
 from .identity import weights_record
 from .progress import Progress, Steps, silent
 from .text import (
@@ -73,108 +73,140 @@ def evaluate_against(
         seed: of the dense model's own text, and of the intervals.
     The others as for evaluate; they hold for both models.
     """
-    if top < 1 or own < 0 or greedy < 0:
-        raise UserError(
-            f"{top} likeliest tokens, {own} own and {greedy} greedy windows: at least 1, 0 and 0 are needed."
-        )
-    file = None if baseline is None else Path(baseline).expanduser()
-    folder = resolve(name)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    length = model_length(read_config(folder, name, trust_remote_code), window)
-    asked = {
-        "texts": [label_of(text) for text in texts], "window": length, "max_windows": max_windows, "top": top,
-        "own": own, "greedy": greedy, "seed": seed if own else None, "dtype": str(dtype).removeprefix("torch."),
-        "tokenizer": tokenizer_digest(tokenizer),
-    }  # fmt: skip
+    how = Measurement(
+        tuple(texts), top, own, greedy, seed, window, max_windows, batch_size, device, dtype, text_column,
+        trust_remote_code, progress,
+    )  # fmt: skip
+    return how.contrast(name, how.baseline(name, dense, baseline))
 
-    def loaded(of: str) -> Subject:
-        return Subject(of, device, dtype, trust_remote_code, batch_size, progress)
 
-    def given(vocabulary: int) -> dict[str, Tensor]:
-        return cut(Reading(tokenizer, vocabulary, length, text_column), texts, max_windows)
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured, and how: the same of every model. See evaluate_against."""
 
-    def measured() -> Baseline:
+    texts: tuple[str | None, ...]
+    top: int = TOP
+    own: int = 0
+    greedy: int = 0
+    seed: int = 0
+    window: int | None = None
+    max_windows: int | None = None
+    batch_size: int = 8
+    device: torch.device | str | None = None
+    dtype: torch.dtype | str = "auto"
+    text_column: str | None = None
+    trust_remote_code: bool = False
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        if self.top < 1 or self.own < 0 or self.greedy < 0:
+            asked = f"{self.top} likeliest tokens, {self.own} own and {self.greedy} greedy windows"
+            raise UserError(f"{asked}: at least 1, 0 and 0.")
+
+    def baseline(self, name: str, dense: str | None, path: str | Path | None = None) -> Baseline:
+        """What the dense model says of the texts as `name` reads them: from the file, or measured, and kept there."""
+        file, asked = None if path is None else Path(path).expanduser(), self._asked(name)
+        if file is not None and file.exists():
+            known = Baseline.read(file)
+            known.check(file, asked, lambda vocabulary: self._windows(name, vocabulary), dense)
+            return known
         if dense is None:
-            raise UserError(f"{file or name}: no dense model's word to compare with; name the model, too (--against).")
-        theirs = load_tokenizer(resolve(dense), trust_remote_code)
-        if tokenizer_digest(theirs) != asked["tokenizer"]:
-            raise UserError(f"{name}: has other tokens than {dense}, so what they say next can't be compared.")
-        subject = loaded(dense)
-        return _measured(subject, given(vocabulary_of(subject.model)), asked)
-
-    if file is None:
-        known = measured()
-    elif file.exists():
-        known = Baseline.read(file)
-        known.check(file, asked, given, None if dense is None else resolve(dense))
-    else:
+            raise UserError(f"{file or name}: no dense model's word to compare with; name that model too (--against).")
+        if found := differences(asked, self._asked(dense)):
+            raise UserError(f"{name}: reads text otherwise than {dense} ({found[0]}), so they can't be compared.")
+        if file is None:
+            return self._measured(dense, asked)
         with locked(file.with_name(file.name + ".lock"), str(file)):
-            known = measured()
+            known = self._measured(dense, asked)
             known.write(file)
-    return _contrast(loaded(name), known, seed)
+        return known
 
+    def contrast(self, name: str, known: Baseline) -> Contrast:
+        """The model beside the dense one."""
+        subject = self._loaded(name)
+        parts: dict[str, list[Tensor]] = {label: [] for label in known.texts}
 
-def _measured(subject: Subject, texts: dict[str, Tensor], asked: dict) -> Baseline:
-    """The dense model's word on the texts, and on what it writes itself."""
-    parts: dict[str, list[list[Tensor]]] = {label: [] for label in [*texts, OWN]}
-    widths = set()
+        def look(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
+            if logits.shape[-1] != known.vocabulary:
+                raise UserError(
+                    f"{name}: says {logits.shape[-1]} numbers of each next token, the dense model {known.vocabulary}, "
+                    "so they can't be compared."
+                )
+            dense, device = known.texts[label], logits.device
+            kl, agreement = torch.empty(losses.shape), torch.empty(losses.shape)
+            for (window, at), q in _log_probs(logits):
+                top, kept, best = (part[first + window, at].to(device) for part in (dense.top, dense.cells, dense.best))
+                kl[window, at] = kl_of_cells(kept, cells(q, top.long())).cpu()
+                agreement[window, at] = (q.argmax(-1) == best).float().cpu()
+            rise = losses.cpu() - dense.loss[first : first + len(losses)]
+            parts[label].append(torch.stack([part.double().mean(1) for part in (kl, agreement, rise)], 1))
 
-    def look(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
-        widths.add(logits.shape[-1])
-        seen = []
-        for _, p in _log_probs(logits):
-            top = p.topk(min(asked["top"], p.shape[-1])).indices
-            seen.append((top.int(), cells(p, top), p.argmax(-1).int()))
-        tensors = [torch.cat(each).unflatten(0, losses.shape) for each in zip(*seen, strict=True)]
-        parts[label].append([tensor.cpu() for tensor in (*tensors, losses)])
-
-    evaluation = subject.evaluation(texts, look)
-    every = dict(texts)
-    if asked["own"]:
-        every[OWN] = write_windows(
-            subject.model, subject.tokenizer, asked["own"], asked["window"], asked["seed"], subject.progress
+        evaluation = subject.evaluation({label: known.texts[label].ids.long() for label in known.given}, look)
+        if OWN in known.texts:
+            subject.score({OWN: known.texts[OWN].ids.long()}, look)
+        scores = {label: Scores(torch.cat(found), known.texts[label].loss.shape[1]) for label, found in parts.items()}
+        return Contrast(
+            Evaluation(**known.dense),
+            evaluation,
+            {label: divergence_of([found], self.seed) for label, found in scores.items()},
+            divergence_of([scores[label] for label in known.given], self.seed),
+            known.top,
+            known.vocabulary,
+            None if known.greedy is None else _repetition(subject, known.greedy, self.seed),
         )
-        subject.score({OWN: every[OWN]}, look)
-    said = {}
-    for label, ids in every.items():
-        top, kept, best, losses = (torch.cat(each) for each in zip(*parts.pop(label), strict=True))
-        said[label] = DenseText(ids.int(), top, kept, losses, best)
-    greedy = _continued(subject, _prompts(texts, asked["greedy"])) if asked["greedy"] else None
-    weights = weights_record(Checkpoint(subject.folder))
-    return Baseline(asked, weights, asdict(evaluation), widths.pop(), said, greedy)
 
+    def _measured(self, dense: str, asked: dict) -> Baseline:
+        subject = self._loaded(dense)
+        texts = self._windows(dense, vocabulary_of(subject.model))
+        parts: dict[str, list[list[Tensor]]] = {label: [] for label in [*texts, OWN]}
+        widths = set()
 
-def _contrast(subject: Subject, known: Baseline, seed: int) -> Contrast:
-    parts: dict[str, list[Tensor]] = {label: [] for label in known.texts}
+        def look(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
+            widths.add(logits.shape[-1])
+            seen = []
+            for _, p in _log_probs(logits):
+                top = p.topk(min(self.top, p.shape[-1])).indices
+                seen.append((top.int(), cells(p, top), p.argmax(-1).int()))
+            tensors = [torch.cat(each).unflatten(0, losses.shape) for each in zip(*seen, strict=True)]
+            parts[label].append([tensor.cpu() for tensor in (*tensors, losses)])
 
-    def look(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
-        if logits.shape[-1] != known.vocabulary:
-            raise UserError(
-                f"{subject.name}: says {logits.shape[-1]} numbers of each next token, the dense model "
-                f"{known.vocabulary}: they can't be compared."
-            )
-        dense, device = known.texts[label], logits.device
-        kl, agreement = torch.empty(losses.shape), torch.empty(losses.shape)
-        for (window, at), q in _log_probs(logits):
-            top, kept, best = (part[first + window, at].to(device) for part in (dense.top, dense.cells, dense.best))
-            kl[window, at] = kl_of_cells(kept, cells(q, top.long())).cpu()
-            agreement[window, at] = (q.argmax(-1) == best).float().cpu()
-        rise = losses.cpu() - dense.loss[first : first + len(losses)]
-        parts[label].append(torch.stack([part.double().mean(1) for part in (kl, agreement, rise)], 1))
+        evaluation = subject.evaluation(texts, look)
+        every = dict(texts)
+        if self.own:
+            length = asked["window"]
+            every[OWN] = write_windows(subject.model, subject.tokenizer, self.own, length, self.seed, self.progress)
+            subject.score({OWN: every[OWN]}, look)
+        said = {}
+        for label, ids in every.items():
+            top, kept, best, losses = (torch.cat(each) for each in zip(*parts.pop(label), strict=True))
+            said[label] = DenseText(ids.int(), top, kept, losses, best)
+        greedy = _continued(subject, _prompts(texts, self.greedy)) if self.greedy else None
+        weights = weights_record(Checkpoint(subject.folder))
+        return Baseline(asked, weights, asdict(evaluation), widths.pop(), said, greedy)
 
-    evaluation = subject.evaluation({label: known.texts[label].ids.long() for label in known.given}, look)
-    if OWN in known.texts:
-        subject.score({OWN: known.texts[OWN].ids.long()}, look)
-    scores = {label: Scores(torch.cat(found), known.texts[label].loss.shape[1]) for label, found in parts.items()}
-    return Contrast(
-        Evaluation(**known.dense),
-        evaluation,
-        {label: divergence_of([found], seed) for label, found in scores.items()},
-        divergence_of([scores[label] for label in known.given], seed),
-        known.top,
-        known.vocabulary,
-        None if known.greedy is None else _repetition(subject, known.greedy, seed),
-    )
+    def _asked(self, of: str) -> dict:
+        """What a baseline belongs to, beside the weights and the words of the texts."""
+        return {
+            "texts": [label_of(text) for text in self.texts],
+            "window": self._length(of),
+            "max_windows": self.max_windows,
+            "top": self.top,
+            "own": self.own,
+            "greedy": self.greedy,
+            "seed": self.seed if self.own else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tokenizer": tokenizer_digest(load_tokenizer(resolve(of), self.trust_remote_code)),
+        }
+
+    def _length(self, of: str) -> int:
+        return model_length(read_config(resolve(of), of, self.trust_remote_code), self.window)
+
+    def _windows(self, of: str, vocabulary: int) -> dict[str, Tensor]:
+        tokenizer = load_tokenizer(resolve(of), self.trust_remote_code)
+        return cut(Reading(tokenizer, vocabulary, self._length(of), self.text_column), self.texts, self.max_windows)
+
+    def _loaded(self, name: str) -> Subject:
+        return Subject(name, self.device, self.dtype, self.trust_remote_code, self.batch_size, self.progress)
 
 
 def _log_probs(logits: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:

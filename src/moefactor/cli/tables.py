@@ -40,7 +40,7 @@ def validation_table(healed: Healing) -> Table:
 def comparison_table(rows: list[dict]) -> Table:
     """One line a run; the Pareto front (parameters against mean perplexity) is starred."""
     dense = rows[0]
-    names = ("× dense", "experts", "model", "disk", "tok/s", "s", "")
+    names = ("× dense", "KL", "same top", "experts", "model", "disk", "tok/s", "s", "")
     table = Table("method", "ratio", *dense["perplexity"], *names)
     for row in rows:
         if "error" in row:
@@ -48,9 +48,10 @@ def comparison_table(rows: list[dict]) -> Table:
             continue
         table.add_row(
             row["label"], str(row["ratio"]), *(f"{p:.2f}" for p in row["perplexity"].values()),
-            f"{row['mean_perplexity'] / dense['mean_perplexity']:.3f}", short(row["expert_parameters"]),
-            short(row["parameters"]), size(row["disk_bytes"]), f"{row['tokens_per_second']:,.0f}",
-            f"{row.get('seconds', 0):.1f}", "★" if row["front"] else "",
+            f"{row['mean_perplexity'] / dense['mean_perplexity']:.3f}",
+            f"{row['kl']:.4f}" if "kl" in row else "", f"{row['agreement']:.1%}" if "agreement" in row else "",
+            short(row["expert_parameters"]), short(row["parameters"]), size(row["disk_bytes"]),
+            f"{row['tokens_per_second']:,.0f}", f"{row.get('seconds', 0):.1f}", "★" if row["front"] else "",
         )  # fmt: skip
     return table
 
