@@ -1,10 +1,11 @@
 """What a dense model says of some text, kept in one file, so that compressed ones are compared with it without it.
 
-A safetensors file. For text number i: `i.ids` (windows, L) int32; `i.top` (windows, L − 1, K) int32, the likeliest next
-tokens, in no promised order; `i.cells` (windows, L − 1, K + 1) float32, their log-probabilities and that of all others;
-`i.loss` (windows, L − 1) float32, minus the log-probability of the token that comes; `i.best` (windows, L − 1) int32,
-the likeliest. `greedy` (outputs, L) int32: prompts, each with its likeliest continuation, -1 after an end. The header
-holds JSON: what it belongs to, what was measured of the dense model, and a checksum. About 8 K bytes a token of text.
+A safetensors file. For text number i: `i.ids` (windows, L) int32. Of each next token, (windows, L − 1, ·): `i.top` (K)
+int32, the likeliest, and `i.cells` (K + 1) float32, their log-probabilities and that of all others together; `i.drawn`
+(D) int32, tokens drawn from these others, and `i.drawn_log_probs`; `i.loss` float32, minus the log-probability of the
+one that comes; `i.best` int32, the likeliest. `greedy` (outputs, L) int32: prompts, each with its likeliest
+continuation, -1 from an end on. The header holds JSON: what it belongs to, what was measured of the dense model, and a
+checksum. It comes to 8 (K + D) + 16 bytes a token of text.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class DenseText:
     ids: Tensor
     top: Tensor
     cells: Tensor
+    drawn: Tensor
+    drawn_log_probs: Tensor
     loss: Tensor
     best: Tensor
 
@@ -55,11 +58,6 @@ class Baseline:
     def given(self) -> list[str]:
         """Labels of the texts, without what the model wrote itself."""
         return [label for label in self.texts if label != OWN]
-
-    @property
-    def top(self) -> int:
-        """Tokens of each distribution that are known apart."""
-        return next(text.top.shape[-1] for text in self.texts.values())
 
     def write(self, path: Path) -> None:
         tensors = {

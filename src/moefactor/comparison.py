@@ -44,8 +44,8 @@ def compare(
 
     Of each compressed model also its mean divergence from the dense one, nats a token, and how often both find the same
     next token the likeliest (`kl`, `agreement`, see contrast.Contrast); what the dense one says is kept in
-    OUTPUT/baseline.safetensors. A stopped comparison goes on where it was. A ratio that a method can't reach gives a row
-    that says why.
+    OUTPUT/baseline.safetensors.
+    A stopped comparison goes on where it was. A ratio that a method can't reach gives a row that says why.
 
     Args:
         texts: to measure on, see evaluate.

@@ -12,7 +12,17 @@ from torch import Tensor
 from .baseline import Baseline, DenseText, tokenizer_digest
 from .checkpoint import Checkpoint, resolve
 from .discover import read_config
-from .divergence import Divergence, Repetition, Scores, cells, divergence_of, kl_of_cells, repetition_of
+from .divergence import (
+    Divergence,
+    Repetition,
+    Scores,
+    cells,
+    divergence_of,
+    draw_others,
+    kl_of_cells,
+    kl_of_others,
+    repetition_of,
+)
 from .errors import UserError
 from .evaluation import Evaluation, Subject, cut, label_of
 from .files import differences, locked
@@ -29,7 +39,9 @@ from .text import (
     write_windows,
 )
 
-TOP = 128  # likeliest tokens kept of each distribution of the dense model
+# Kept of each of the dense model's distributions: likeliest tokens, and tokens drawn from the others. What the drawing
+# adds to the error of a mean is a small part of what the windows' own differences make of it (docs/evaluation.md).
+TOP, DRAWN = 64, 16
 LOGITS_AT_ONCE = 1 << 25  # where a whole vocabulary is looked at in float32
 
 
@@ -39,7 +51,6 @@ class Contrast:
 
     texts: by label; `self` is what the dense model writes itself.
     overall: mean over the given texts, each with the same weight, the dense model's own not among them.
-    top: likeliest tokens of the dense model that the divergence knows apart; `vocabulary` where it is exact.
     repetition: of greedy output, where that was asked for.
     """
 
@@ -47,8 +58,6 @@ class Contrast:
     model: Evaluation
     texts: dict[str, Divergence]
     overall: Divergence
-    top: int
-    vocabulary: int
     repetition: Repetition | None = None
 
 
@@ -65,12 +74,12 @@ def evaluate_against(
         dense: what it is compared with; None for whatever `baseline` has.
         baseline: a file for the dense model's word on these texts. Where it does not exist it is measured and written;
             where it does the dense model is not loaded. UserError where it is for other weights, texts or options.
-        top: likeliest tokens of the dense model that are kept of each distribution; all others count as one, which
-            makes the divergence a lower bound, and exact where `top` is the vocabulary or more.
+        top: likeliest tokens that are kept of each of the dense model's distributions; of all others a few are drawn,
+            see divergence.py. Exact where it is the vocabulary or more.
         own: windows that the dense model writes itself, drawn from its distribution, to compare on as well.
         greedy: windows, spread over the texts, whose first quarter both models go on from with the likeliest token, for
             the other three quarters or until they end it, to see what repeats itself.
-        seed: of the dense model's own text, and of the intervals.
+        seed: of everything drawn: the dense model's own text, tokens beyond `top`, the intervals' windows.
     The others as for evaluate; they hold for both models.
     """
     how = Measurement(
@@ -135,8 +144,13 @@ class Measurement:
             dense, device = known.texts[label], logits.device
             kl, agreement = torch.empty(losses.shape), torch.empty(losses.shape)
             for (window, at), q in _log_probs(logits):
-                top, kept, best = (part[first + window, at].to(device) for part in (dense.top, dense.cells, dense.best))
-                kl[window, at] = kl_of_cells(kept, cells(q, top.long())).cpu()
+                top, p_cells, drawn, p_drawn, best = (
+                    part[first + window, at].to(device)
+                    for part in (dense.top, dense.cells, dense.drawn, dense.drawn_log_probs, dense.best)
+                )
+                q_cells, q_drawn = cells(q, top.long()), q.gather(1, drawn.long())
+                found = kl_of_cells(p_cells, q_cells) + kl_of_others(p_cells, q_cells, p_drawn, q_drawn)
+                kl[window, at] = found.cpu()
                 agreement[window, at] = (q.argmax(-1) == best).float().cpu()
             rise = losses.cpu() - dense.loss[first : first + len(losses)]
             parts[label].append(torch.stack([part.double().mean(1) for part in (kl, agreement, rise)], 1))
@@ -150,8 +164,6 @@ class Measurement:
             evaluation,
             {label: divergence_of([found], self.seed) for label, found in scores.items()},
             divergence_of([scores[label] for label in known.given], self.seed),
-            known.top,
-            known.vocabulary,
             None if known.greedy is None else _repetition(subject, known.greedy, self.seed),
         )
 
@@ -160,13 +172,15 @@ class Measurement:
         texts = self._windows(dense, vocabulary_of(subject.model))
         parts: dict[str, list[list[Tensor]]] = {label: [] for label in [*texts, OWN]}
         widths = set()
+        generator = torch.Generator(subject.model.device).manual_seed(self.seed)
 
         def look(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
             widths.add(logits.shape[-1])
             seen = []
             for _, p in _log_probs(logits):
                 top = p.topk(min(self.top, p.shape[-1])).indices
-                seen.append((top.int(), cells(p, top), p.argmax(-1).int()))
+                drawn = draw_others(p, top, DRAWN, generator)
+                seen.append((top.int(), cells(p, top), drawn.int(), p.gather(1, drawn), p.argmax(-1).int()))
             tensors = [torch.cat(each).unflatten(0, losses.shape) for each in zip(*seen, strict=True)]
             parts[label].append([tensor.cpu() for tensor in (*tensors, losses)])
 
@@ -178,8 +192,8 @@ class Measurement:
             subject.score({OWN: every[OWN]}, look)
         said = {}
         for label, ids in every.items():
-            top, kept, best, losses = (torch.cat(each) for each in zip(*parts.pop(label), strict=True))
-            said[label] = DenseText(ids.int(), top, kept, losses, best)
+            top, p, drawn, p_drawn, best, losses = (torch.cat(each) for each in zip(*parts.pop(label), strict=True))
+            said[label] = DenseText(ids.int(), top, p, drawn, p_drawn, losses, best)
         greedy = _continued(subject, _prompts(texts, self.greedy)) if self.greedy else None
         weights = weights_record(Checkpoint(subject.folder))
         return Baseline(asked, weights, asdict(evaluation), widths.pop(), said, greedy)
@@ -193,7 +207,7 @@ class Measurement:
             "top": self.top,
             "own": self.own,
             "greedy": self.greedy,
-            "seed": self.seed if self.own else None,
+            "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_digest(load_tokenizer(resolve(of), self.trust_remote_code)),
         }

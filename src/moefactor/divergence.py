@@ -1,9 +1,9 @@
 """How far one model's next tokens are from another's: divergence, agreement, loops, and how sure of it the text makes.
 
-KL(p ‖ q) of a vocabulary of 150,000 tokens takes as many numbers of every token of the text. Kept are p's `top`
-likeliest tokens, and all the others as one bucket: K + 1 cells a token, whatever the vocabulary. The divergence of the
-cells is the whole one's lower bound (data processing), and differs from it by p(rest) · KL of the others among
-themselves: nothing where the text's distributions lie in the top, and where the vocabulary is no larger than it.
+KL(p ‖ q) over a vocabulary of 150,000 tokens takes as many numbers of every token of the text. Kept are p's likeliest
+tokens, all the others as one, and a few drawn from these others. Known exactly is then the divergence of the K + 1
+cells, a lower bound of the whole one (data processing); what it lacks is, by the chain rule, p(rest) · KL of the others
+among themselves, and its mean over the drawn ones has that expectation. So the sum has no bias, whatever K.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class Divergence:
     """Of a model from the dense one, on one text or on several.
 
     windows, tokens: scored.
-    kl: mean KL(dense ‖ model) of the next token, nats a token; of the dense model's likeliest tokens and the rest as
-        one, hence a lower bound.
+    kl: mean KL(dense ‖ model) of the next token, nats a token.
     agreement: share of the tokens at which both find the same next token the likeliest.
     perplexity_ratio: the model's perplexity over the dense one's.
     """
@@ -94,6 +93,30 @@ def kl_of_cells(p: Tensor, q: Tensor) -> Tensor:
     """(n, cells) log-probabilities of both -> (n,) KL(p ‖ q), nats; a cell in which p has nothing counts nothing."""
     terms = p.exp() * (p - q)
     return terms.masked_fill(p == -math.inf, 0.0).sum(-1)
+
+
+def draw_others(log_probs: Tensor, top: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(n, count) tokens drawn by (n, vocabulary) log-probabilities, with replacement, from those not in (n, K) `top`;
+    any ones where nothing is left."""
+    others = log_probs.scatter(1, top, -math.inf)
+    odds = others.softmax(1)
+    odds = torch.where(others.amax(1, keepdim=True) == -math.inf, 1.0, odds)
+    return torch.multinomial(odds, count, replacement=True, generator=generator)
+
+
+def kl_of_others(p_cells: Tensor, q_cells: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """p(rest) · KL of p and q within the rest, from tokens that p draws there, nats; without bias, and never negative.
+
+    For r = q/p within the rest, −log r has the divergence for its mean under p, and r − 1 has 0: their sum varies
+    least where the models are close (http://joschu.net/blog/kl-approx.html).
+
+    Args:
+        p_cells, q_cells: (n, K + 1) as `cells` gives them.
+        p, q: (n, drawn) log-probabilities of the tokens that were drawn.
+    """
+    rest = p_cells[:, -1]
+    log_ratio = (q - q_cells[:, -1:]) - (p - rest.unsqueeze(1))
+    return (rest.exp() * (log_ratio.expm1() - log_ratio).mean(1)).masked_fill(rest == -math.inf, 0.0)
 
 
 def intervals(windows: list[Tensor], seed: int = 0) -> list[Interval]:

@@ -105,7 +105,10 @@ def evaluate(
         typer.Option(help="File for what the second model says of these texts: written once, then read in its place."),
     ] = None,
     top: Annotated[
-        int, typer.Option(help="Likeliest tokens of the second model that the divergence knows apart.", min=1)
+        int,
+        typer.Option(
+            help="Likeliest next tokens of the second model that are kept; of the others a few are drawn.", min=1
+        ),
     ] = TOP,
     own: Annotated[int, typer.Option(help="Windows that the second model writes itself, also compared on.", min=0)] = 0,
     greedy: Annotated[
@@ -144,6 +147,6 @@ def evaluate(
         console.print(divergence_table(found))
         if found.repetition is not None:
             console.print(repetition_table(found.repetition, results))
-        figures[1] |= {name: asdict(found)[name] for name in ("texts", "overall", "top", "vocabulary", "repetition")}
+        figures[1] |= {name: asdict(found)[name] for name in ("texts", "overall", "repetition")}
     if json_output:
         json_output.write_text(json.dumps(figures, indent=1) + "\n")

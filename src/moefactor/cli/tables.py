@@ -93,10 +93,9 @@ def evaluation_table(results: list[Evaluation]) -> Table:
 
 def divergence_table(found: Contrast) -> Table:
     """How far the model is from the dense one, a line a text, with 95 % intervals over windows."""
-    bound = "" if found.top == found.vocabulary else f" (at least: its {found.top} likeliest tokens and the rest)"
     table = Table(
-        "text", "windows", "nats a token", "same likeliest token", "perplexity / dense", title_justify="left",
-        title=f"KL divergence from {Path(found.dense.model).name}{bound}, with 95 % intervals over windows",
+        "text", "windows", "KL, nats a token", "same likeliest token", "perplexity / dense", title_justify="left",
+        title=f"How far from {Path(found.dense.model).name}, with 95 % intervals over windows",
     )  # fmt: skip
     rows = {("what it writes itself" if label == OWN else label): one for label, one in found.texts.items()}
     if len(found.dense.perplexity) > 1:
