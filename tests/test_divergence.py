@@ -33,6 +33,7 @@ from moefactor.divergence import (
     kl_of_others,
     longest_loop,
 )
+from moefactor.errors import NotFinite
 from moefactor.files import read_tensors, write_tensors
 from moefactor.text import load_tokenizer, write_windows
 from tiny import VOCABULARY, tokenizer
@@ -207,6 +208,19 @@ def test_one_model_in_memory_at_a_time(dense: Path, svd: Path, text: str, monkey
     monkeypatch.setattr(evaluation, "load", watched)
     evaluate_against(str(svd), str(dense), [text], own=1, greedy=1, **HOW)
     assert len(seen) == 2
+
+
+def test_models_that_say_no_number(dense: Path, svd: Path, copied: Callable[[Path], Path], text: str) -> None:
+    """Of the dense model that is an error; of the other what is found."""
+    broken = copied(dense)
+    for file in broken.glob("*.safetensors"):
+        tensors = read_tensors(file)
+        write_tensors(file, {k: v * math.nan if k == "model.norm.weight" else v for k, v in tensors.items()})
+    with pytest.raises(NotFinite, match=re.escape(f"{broken}: what the model says of the next token")):
+        evaluate_against(str(svd), str(broken), [text], **HOW)
+    found = evaluate_against(str(broken), str(dense), [text], **HOW).overall
+    assert math.isnan(found.kl.value)
+    assert math.isnan(found.kl.low)
 
 
 # -- intervals ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from .divergence import (
     kl_of_others,
     repetition_of,
 )
-from .errors import UserError
+from .errors import NotFinite, UserError
 from .evaluation import Evaluation, Subject, cut, label_of
 from .files import differences, locked
 from .identity import weights_record
@@ -175,6 +175,8 @@ class Measurement:
         generator = torch.Generator(subject.model.device).manual_seed(self.seed)
 
         def look(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
+            if losses.isnan().any():
+                raise NotFinite("what the model says of the next token", dense)
             widths.add(logits.shape[-1])
             seen = []
             for _, p in _log_probs(logits):

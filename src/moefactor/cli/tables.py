@@ -97,6 +97,7 @@ def divergence_table(found: Contrast) -> Table:
         "text", "windows", "KL, nats a token", "same likeliest token", "perplexity / dense", title_justify="left",
         title=f"How far from {Path(found.dense.model).name}, with 95 % intervals over windows",
     )  # fmt: skip
+    table.columns[0].overflow = "fold"
     rows = {("what it writes itself" if label == OWN else label): one for label, one in found.texts.items()}
     if len(found.dense.perplexity) > 1:
         rows["the given texts, each as much"] = found.overall
