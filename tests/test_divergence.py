@@ -430,6 +430,29 @@ def test_a_damaged_baseline_is_named(
         assert file.read_bytes() == damage
 
 
+def test_no_changed_byte_goes_unnoticed(kept: tuple[Path, dict], tmp_path: Path) -> None:
+    """Anywhere: in lengths, names, figures, numbers. What is read in spite of it is what was written."""
+    whole, file = kept[0].read_bytes(), tmp_path / "damaged.safetensors"
+    header = int.from_bytes(whole[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    places = [*range(8), *(8 + torch.randint(header, (150,), generator=generator)).tolist(), header + 9, len(whole) - 1]
+    refusals = []
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(torch.randint(7, (), generator=generator))
+        file.write_bytes(damaged)
+        try:
+            found = Baseline.read(file)
+        except UserError as error:
+            refusals.append(str(error))
+        else:
+            assert {k: v for k, v in vars(found).items() if isinstance(v, dict) and k != "texts"} == {
+                k: v for k, v in vars(Baseline.read(kept[0])).items() if isinstance(v, dict) and k != "texts"
+            }
+    assert all(said.startswith(str(file)) for said in refusals)
+    assert len(refusals) > 0.9 * len(places)
+
+
 def test_files_that_are_no_baseline(dense: Path, svd: Path, text: str, tmp_path: Path) -> None:
     shard = Path(shutil.copy(next(iter(dense.glob("*.safetensors"))), tmp_path / "model.safetensors"))
     before = shard.read_bytes()

@@ -11,7 +11,7 @@ checksum. It comes to 8 (K + D) + 16 bytes a token of text.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from .files import differences, digest_of, read_about, read_tensors, tensors_dig
 from .identity import other_weights
 from .text import OWN, Tokenizer
 
-VERSION = 1
+VERSION = 1  # of what is in it, the fields of Evaluation among that
 KEYS = {"baseline", "asked", "weights", "dense", "vocabulary", "texts", "sha256"}
 
 
@@ -43,16 +43,16 @@ class DenseText:
 class Baseline:
     """The dense model's word on several texts.
 
-    asked: what was to be measured, and how.  weights: weights_record of the dense model.  dense: its Evaluation, as a
-    dict.  vocabulary: width of its logits.  texts: by label.  greedy: see above; None where none was asked for.
+    asked: what was to be measured, and how.  dense: the model's Evaluation, as a dict.  vocabulary: its logits' width.
+    texts: by label.  greedy: see above; None where none was asked for.  weights: their weights_record, of what is kept.
     """
 
     asked: dict
-    weights: dict
     dense: dict
     vocabulary: int
     texts: dict[str, DenseText]
     greedy: Tensor | None = None
+    weights: dict = field(default_factory=dict)
 
     @property
     def given(self) -> list[str]:
@@ -69,9 +69,9 @@ class Baseline:
             tensors["greedy"] = self.greedy
         about = {
             "baseline": VERSION, "asked": self.asked, "weights": self.weights, "dense": self.dense,
-            "vocabulary": self.vocabulary, "texts": list(self.texts), "sha256": tensors_digest(tensors),
+            "vocabulary": self.vocabulary, "texts": list(self.texts),
         }  # fmt: skip
-        write_tensors(path, tensors, about)
+        write_tensors(path, tensors, {**about, "sha256": _checksum(about, tensors)})
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
@@ -82,7 +82,7 @@ class Baseline:
         if about["baseline"] != VERSION:
             raise UserError(f"{path}: a baseline of another version of moefactor. Remove it, and it is measured again.")
         tensors = read_tensors(path)
-        if tensors_digest(tensors) != about["sha256"]:
+        if _checksum({key: said for key, said in about.items() if key != "sha256"}, tensors) != about["sha256"]:
             raise UserError(f"{path}: damaged: its numbers are not those that were written. Remove it.")
         texts = {
             label: DenseText(**{part.name: tensors[f"{index}.{part.name}"] for part in fields(DenseText)})
@@ -111,6 +111,10 @@ class Baseline:
                 f"{path}: a baseline for something else ({'; '.join(found[:3])}). Ask for the same, or name another "
                 "file or remove this one, and it is measured."
             )
+
+
+def _checksum(about: dict, tensors: dict[str, Tensor]) -> str:
+    return digest_of([about, tensors_digest(tensors)])
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -126,7 +126,7 @@ class Measurement:
         if file is None:
             return self._measured(dense, asked)
         with locked(file.with_name(file.name + ".lock"), str(file)):
-            known = self._measured(dense, asked)
+            known = replace(self._measured(dense, asked), weights=weights_record(Checkpoint(resolve(dense))))
             known.write(file)
         return known
 
@@ -197,8 +197,7 @@ class Measurement:
             top, p, drawn, p_drawn, best, losses = (torch.cat(each) for each in zip(*parts.pop(label), strict=True))
             said[label] = DenseText(ids.int(), top, p, drawn, p_drawn, losses, best)
         greedy = _continued(subject, _prompts(texts, self.greedy)) if self.greedy else None
-        weights = weights_record(Checkpoint(subject.folder))
-        return Baseline(asked, weights, asdict(evaluation), widths.pop(), said, greedy)
+        return Baseline(asked, asdict(evaluation), widths.pop(), said, greedy)
 
     def _asked(self, of: str) -> dict:
         """What a baseline belongs to, beside the weights and the words of the texts."""
