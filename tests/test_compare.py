@@ -86,12 +86,17 @@ def test_what_was_measured_is_the_compressed_model(rows: list[dict], source: Pat
     row = next(r for r in rows if r["label"] == "whitened, jointly" and r["ratio"] == 0.5)
     assert row["mean_perplexity"] == pytest.approx(found.mean_perplexity, rel=1e-6)
     assert row["parameters"] == found.parameters
+    contrast = moefactor.evaluate_against(str(out), str(source), [str(text_file)], window=32, max_windows=4)
+    assert row["kl"] == pytest.approx(contrast.overall.kl.value, rel=1e-4)
+    assert row["agreement"] == pytest.approx(contrast.overall.agreement.value)
+    assert row["kl"] > 0
 
 
 def test_nothing_is_left_but_results_and_calibration(output: Path) -> None:
     models = output / "models"
     assert not models.exists() or not list(models.iterdir())
-    assert {p.name for p in output.iterdir()} <= {"results.json", "source.json", "calibration", "models"}
+    kept = {"results.json", "source.json", "baseline.safetensors", "calibration", "models"}
+    assert {p.name for p in output.iterdir()} <= kept
 
 
 def test_a_second_call_runs_nothing(
@@ -101,7 +106,8 @@ def test_a_second_call_runs_nothing(
         raise AssertionError("ran again")
 
     monkeypatch.setattr(Run, "all", refuse)
-    monkeypatch.setattr(module, "evaluate", refuse)
+    monkeypatch.setattr(module.Measurement, "baseline", refuse)
+    monkeypatch.setattr(module.Measurement, "contrast", refuse)
     seen: list[dict] = []
     assert asked(source, output, text_file, on_row=seen.append) == rows
     assert [r["label"] for r in seen] == [r["label"] for r in rows]

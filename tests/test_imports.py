@@ -15,15 +15,16 @@ import moefactor
 SOURCE = Path(moefactor.__file__).parent
 NOUNS = {
     "errors", "progress", "experts", "stats", "routing", "plan", "allocate", "size", "knapsack", "forms", "coverage",
+    "divergence",
 }  # fmt: skip
 MATHS = {"fitting", "methods"}
 VERBS = {
     "inspection", "calibrate", "planning", "factorise", "write", "stages", "compression", "comparison", "evaluation",
-    "generate", "healing", "export", "chat",
+    "generate", "healing", "export", "chat", "contrast",
 }  # fmt: skip
 DOORS = {
     "files", "checkpoint", "discover", "streaming", "observing", "loading", "text", "run_folder", "identity", "runtime",
-    "cli", "fp8", "models", "compat", "fields", "prediction", "llama_cpp", "serving", "ordinary", "rest",
+    "cli", "fp8", "models", "compat", "fields", "prediction", "llama_cpp", "serving", "ordinary", "rest", "baseline",
     "__main__",
 }  # fmt: skip
 BEHIND_DOORS = {
@@ -36,7 +37,8 @@ ALLOWED = {
     "stages": {"calibrate", "planning", "factorise", "write"},  # it is the one that puts them in order
     "factorise": {"calibrate"},  # what the text is
     "compression": {"stages", "healing"},
-    "comparison": {"stages", "evaluation"},
+    "contrast": {"evaluation"},
+    "comparison": {"stages", "evaluation", "contrast"},
 }
 
 
@@ -170,7 +172,7 @@ import moefactor
 print(*(callable(getattr(moefactor, name)) for name in moefactor.__all__ if name != "METHODS"))
 print("biaxial" in moefactor.METHODS, set(moefactor.__all__) <= set(dir(moefactor)), hasattr(moefactor, "nothing"))
 """
-    assert in_a_new_process(code) == ["True"] * 9 + ["True", "True", "False"]
+    assert in_a_new_process(code) == ["True"] * 10 + ["True", "True", "False"]
 
 
 def test_the_library_needs_no_terminal() -> None:

@@ -16,19 +16,20 @@ from .runtime.hook import register_with_transformers
 if TYPE_CHECKING:
     from .comparison import Contender, compare
     from .compression import compress
+    from .contrast import evaluate_against
     from .evaluation import evaluate
     from .export import export_dense, export_gguf
     from .healing import heal
     from .inspection import inspect
     from .methods import METHODS
 
-__all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate", "export_dense", "export_gguf",
-           "heal", "inspect"]  # fmt: skip
+__all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate",
+           "evaluate_against", "export_dense", "export_gguf", "heal", "inspect"]  # fmt: skip
 
 _HOME = {
     "METHODS": "methods", "Contender": "comparison", "compare": "comparison", "compress": "compression",
-    "evaluate": "evaluation", "export_dense": "export", "export_gguf": "export", "heal": "healing",
-    "inspect": "inspection",
+    "evaluate": "evaluation", "evaluate_against": "contrast", "export_dense": "export", "export_gguf": "export",
+    "heal": "healing", "inspect": "inspection",
 }  # fmt: skip
 
 

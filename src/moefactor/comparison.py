@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .allocate import TooSmall
+from .baseline import Baseline
+from .contrast import Measurement
 from .errors import UserError
-from .evaluation import evaluate
+from .evaluation import Evaluation
 from .files import differences, file_digest, locked, read_json, write_json
 from .identity import FACTORS, SourceRecord, maths_version, structure_digest
 from .progress import Progress, silent
@@ -40,6 +42,9 @@ def compare(
 ) -> list[dict]:  # fmt: skip
     """Compresses and measures; returns (and writes to OUTPUT/results.json after each) one row a run, the dense first.
 
+    Of each compressed model also its mean divergence from the dense one, nats a token, and how often both find the same
+    next token the likeliest (`kl`, `agreement`, see contrast.Contrast); what the dense one says is kept in
+    OUTPUT/baseline.safetensors.
     A stopped comparison goes on where it was. A ratio that a method can't reach gives a row that says why.
 
     Args:
@@ -68,15 +73,20 @@ def compare(
         }  # fmt: skip
         rows = _Rows(output / "results.json", about, on_row)
 
+        how = Measurement(
+            tuple(texts), window=window, max_windows=max_windows, device=device, dtype=dtype, text_column=text_column,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+
+        def dense() -> Baseline:
+            return how.baseline(model, model, output / "baseline.safetensors")
+
         def measured(name: str) -> dict:
-            result = evaluate(
-                name, texts, window=window, max_windows=max_windows, device=device, dtype=dtype,
-                text_column=text_column, trust_remote_code=trust_remote_code, progress=progress,
-            )  # fmt: skip
-            return {**asdict(result), "mean_perplexity": result.mean_perplexity}
+            found = how.contrast(name, dense())
+            return {**figures(found.model), "kl": found.overall.kl.value, "agreement": found.overall.agreement.value}
 
         seen = SourceRecord(output / "source.json", streamed.reader.checkpoint, model)
-        rows.once("dense", 0.0, {}, lambda: measured(model))
+        rows.once("dense", 0.0, {}, lambda: figures(Evaluation(**dense().dense)))
         seen.saw(list(streamed.reader.checkpoint.files))  # all of it has just been read, or was when the row was made
         runs.calibrate(list(recipes.values()))
         for ratio in ratios:
@@ -100,6 +110,10 @@ def compare(
                 }  # fmt: skip
                 rows.once(label, ratio, made_by, row)
         return rows.finish()
+
+
+def figures(found: Evaluation) -> dict:
+    return {**asdict(found), "mean_perplexity": found.mean_perplexity}
 
 
 def remove(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,50 +71,88 @@ def evaluate(
         text_column: of .jsonl, .parquet and datasets that holds the text or the messages, see text.read_documents.
         trust_remote_code: whether code from the model's repository may run, for what transformers lacks.
     """
-    device = checked_device(device)
-    folder = resolve(name)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    disk_bytes = Checkpoint(folder).bytes()
-    model = load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    length = model_length(model.config, window)
-    reading = Reading(tokenizer, vocabulary_of(model), length, text_column)
-    batches = {}
+    subject = Subject(name, device, dtype, trust_remote_code, batch_size, progress)
+    length = model_length(subject.model.config, window)
+    reading = Reading(subject.tokenizer, vocabulary_of(subject.model), length, text_column)
+    return subject.evaluation(cut(reading, texts, max_windows))
+
+
+def cut(reading: Reading, texts: Sequence[str | None], max_windows: int | None) -> dict[str, Tensor]:
+    """Label -> (windows, length) of each text, from its beginning."""
+    found = {}
     for text in texts:
-        label = text or BUILT_IN
-        cut = windows(reading.ids(text, split="test"), length, label)
-        batches[_label(label)] = cut[:max_windows].split(batch_size)
-    steps = Steps(progress, STAGE, sum(len(b) for b in batches.values()))
-    steps.detail = Path(name).name
-    perplexities, tokens, seconds = {}, 0, 0.0
-    for label, text_batches in batches.items():
-        total = count = 0.0
-        for ids in text_batches:
-            started = time.perf_counter()
-            loss = window_losses(model, ids.to(device))
-            total, count = total + float(loss.sum()), count + loss.numel()  # waits for a GPU, so comes before the clock
-            seconds += time.perf_counter() - started
-            tokens += ids.numel()
-            steps.tick()
-        perplexities[label] = math.exp(total / count)
-    experts = [m for m in model.modules() if isinstance(m, FactorisedExperts) or is_fused_experts(m)]
-    of_experts = [p for module in experts for p in module.parameters()]
-    expert_parameters = sum(_numbers(module) for module in experts)
-    words = sum(p.numel() for p in of_experts)  # fewer or more than the numbers where these are packed in words
-    expert_bytes = sum(p.numel() * p.element_size() for p in of_experts)
-    return Evaluation(
-        name,
-        parameters=sum(p.numel() for p in model.parameters()) - words + expert_parameters,
-        expert_parameters=expert_parameters,
-        resident_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        expert_bytes=expert_bytes,
-        disk_bytes=disk_bytes,
-        dtype=str(model.dtype).removeprefix("torch."),
-        window=length,
-        perplexity=perplexities,
-        tokens_per_second=tokens / seconds if seconds else 0.0,
-        expected_loss=_planned(folder).get("expected_loss"),
-        expert_bits=8 * expert_bytes / _planned(folder).get("expert_parameters", {}).get("before", expert_parameters),
-    )
+        label = label_of(text)
+        found[label] = windows(reading.ids(text, split="test"), reading.length, label)[:max_windows]
+    return found
+
+
+# Is shown every batch when it has been scored: the text's label, the first window's number in it, the logits
+# (n, L − 1, vocabulary), and the losses (n, L − 1).
+Look = Callable[[str, int, Tensor, Tensor], None]
+
+
+def unseen(label: str, first: int, logits: Tensor, losses: Tensor) -> None:
+    """The default: nobody looks."""
+
+
+class Subject:
+    """A model that is measured, whole on its device. Args: see evaluate."""
+
+    def __init__(
+        self, name: str, device: torch.device | str | None, dtype: torch.dtype | str, trust_remote_code: bool,
+        batch_size: int, progress: Progress,
+    ):  # fmt: skip
+        self.name, self.batch_size, self.progress = name, batch_size, progress
+        device = checked_device(device)
+        self.folder = resolve(name)
+        self.tokenizer = load_tokenizer(self.folder, trust_remote_code)
+        self.disk_bytes = Checkpoint(self.folder).bytes()
+        self.model = load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    @torch.no_grad()
+    def score(self, texts: dict[str, Tensor], look: Look = unseen) -> tuple[dict[str, float], float]:
+        """Windows by label -> perplexity by label, and tokens a second, the looking left out."""
+        steps = Steps(self.progress, STAGE, sum(-(-len(ids) // self.batch_size) for ids in texts.values()))
+        steps.detail = Path(self.name).name
+        perplexities, tokens, seconds = {}, 0, 0.0
+        for label, every in texts.items():
+            total, count, first = 0.0, 0, 0
+            for ids in every.split(self.batch_size):
+                started = time.perf_counter()
+                ids = ids.to(self.model.device)
+                logits = next_logits(self.model, ids)
+                losses = next_losses(logits, ids)
+                total, count = total + float(losses.sum()), count + losses.numel()  # waits for a GPU: before the clock
+                seconds += time.perf_counter() - started
+                tokens += ids.numel()
+                look(label, first, logits, losses)
+                first += len(ids)
+                steps.tick()
+            perplexities[label] = math.exp(total / count)
+        return perplexities, tokens / seconds if seconds else 0.0
+
+    def evaluation(self, texts: dict[str, Tensor], look: Look = unseen) -> Evaluation:
+        perplexities, speed = self.score(texts, look)
+        experts = [m for m in self.model.modules() if isinstance(m, FactorisedExperts) or is_fused_experts(m)]
+        of_experts = [p for module in experts for p in module.parameters()]
+        expert_parameters = sum(_numbers(module) for module in experts)
+        words = sum(p.numel() for p in of_experts)  # fewer or more than the numbers where these are packed in words
+        expert_bytes = sum(p.numel() * p.element_size() for p in of_experts)
+        planned = _planned(self.folder)
+        return Evaluation(
+            self.name,
+            parameters=sum(p.numel() for p in self.model.parameters()) - words + expert_parameters,
+            expert_parameters=expert_parameters,
+            resident_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            expert_bytes=expert_bytes,
+            disk_bytes=self.disk_bytes,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            window=next(ids.shape[1] for ids in texts.values()),
+            perplexity=perplexities,
+            tokens_per_second=speed,
+            expected_loss=planned.get("expected_loss"),
+            expert_bits=8 * expert_bytes / planned.get("expert_parameters", {}).get("before", expert_parameters),
+        )
 
 
 def _planned(folder: Path) -> dict:
@@ -133,7 +171,15 @@ def _numbers(experts: FactorisedExperts | FusedExperts) -> int:
 @torch.no_grad()
 def window_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """ids (n, L) -> (n, L − 1) negative log-likelihood of each token given those before it in its window, float32."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return next_losses(next_logits(model, ids), ids)
+
+
+def next_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """ids (n, L) -> (n, L − 1, vocabulary) of each token but the first, given those before it."""
+    return model(input_ids=ids, use_cache=False).logits[:, :-1]
+
+
+def next_losses(logits: Tensor, ids: Tensor) -> Tensor:
     # A window at a time: float32 logits of them all would be twice what the model gave, and again in the softmax.
     pairs = zip(logits, ids[:, 1:], strict=True)
     return torch.stack(
@@ -141,7 +187,7 @@ def window_losses(model: torch.nn.Module, ids: Tensor) -> Tensor:
     )
 
 
-def _label(text: str) -> str:
+def label_of(text: str | None) -> str:
     """`wikitext2/test.txt` rather than a long path or a bare `test`."""
-    path = Path(text)
-    return "/".join(path.parts[-2:]) if path.exists() else text
+    path = Path(text or BUILT_IN)
+    return "/".join(path.parts[-2:]) if path.exists() else str(text or BUILT_IN)

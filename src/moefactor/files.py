@@ -97,11 +97,12 @@ def read_json(path: Path) -> dict | None:
     return data
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, written atomically."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None) -> None:
+    """A safetensors file, written atomically; with `about`, JSON that its header holds, see read_about."""
     with replacing(path) as partial:
         ready = {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
-        save_file(ready, partial, metadata={"format": "pt"})
+        said = {} if about is None else {"moefactor": json.dumps(about)}
+        save_file(ready, partial, metadata={"format": "pt", **said})
         partial.chmod(0o666 & ~_umask())  # the library makes it private to the user
 
 
@@ -122,6 +123,27 @@ def read_tensors(
         raise UserError(f"{path}: damaged or truncated ({error}). Remove it and run the stage again.") from None
     except FileNotFoundError:
         raise UserError(f"{path}: is gone. Run the stage again that writes it.") from None
+
+
+def read_about(path: Path) -> dict | None:
+    """What write_tensors was given as `about`; None of a file that has no such thing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = (file.metadata() or {}).get("moefactor")
+        data = None if said is None else json.loads(said)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged or truncated, or no file of tensors ({error}).") from None
+    return data if isinstance(data, dict) else None
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:

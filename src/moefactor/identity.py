@@ -19,7 +19,7 @@ from torch import uint8
 
 from .checkpoint import Checkpoint
 from .errors import UserError
-from .files import differences, digest_of, read_json, write_json
+from .files import differences, digest_of, file_digest, read_json, write_json
 
 # The rooms whose code decides numbers, by the stage that they decide.
 CALIBRATION = ("stats", "streaming", "observing", "calibrate", "routing")
@@ -66,6 +66,27 @@ def weights_now(checkpoint: Checkpoint) -> str:
     """A digest that any change of the weights changes, and a copy of the folder too: for what may be made again."""
     times = {path.name: _times(path) for path in sorted(set(checkpoint.files.values()))}
     return digest_of([structure_of(checkpoint), times])
+
+
+def weights_record(checkpoint: Checkpoint) -> dict:
+    """What other_weights knows them by again, a copy too. Reads the shards whole."""
+    shards = sorted(set(checkpoint.files.values()))
+    times = [_times(path) for path in shards]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        seen = zip(shards, times, pool.map(file_digest, shards), strict=True)
+        known = {path.name: {"times": at, "sha256": digest} for path, at, digest in seen}
+    return {"structure": structure_of(checkpoint), "shards": known}
+
+
+def other_weights(record: dict, checkpoint: Checkpoint) -> list[str]:
+    """Where they differ from those of the record, in words. Only shards that were touched since are read."""
+    found = differences(structure_of(checkpoint), record.get("structure"))
+    if found:
+        return found
+    shards = {path.name: path for path in set(checkpoint.files.values())}
+    known = record["shards"]
+    touched = [path for name, path in sorted(shards.items()) if _times(path) != known[name]["times"]]
+    return [f"{path.name} has other values" for path in touched if file_digest(path) != known[path.name]["sha256"]]
 
 
 class SourceRecord:

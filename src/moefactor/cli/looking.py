@@ -10,6 +10,9 @@ from typing import Annotated, Literal, get_args, get_origin
 import typer
 from rich.table import Table
 
+from ..contrast import TOP, evaluate_against
+from ..errors import UserError
+from ..evaluation import STAGE
 from ..evaluation import evaluate as evaluate_verb
 from ..inspection import inspect as inspect_verb
 from ..inspection import kernels_of
@@ -23,11 +26,12 @@ from .shared import (
     Dtype,
     Model,
     Ratio,
+    Seed,
     Trust,
     app,
     console,
 )
-from .tables import evaluation_table, kernel_table, size
+from .tables import divergence_table, evaluation_table, kernel_table, repetition_table, size
 
 
 @app.command(rich_help_panel=LOOK)
@@ -96,28 +100,53 @@ def evaluate(
     window: Annotated[int | None, typer.Option(help="Tokens a window.", show_default="2048 or the model's")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Of each text.", show_default="all", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="File for what the second model says of these texts: written once, then read in its place."),
+    ] = None,
+    top: Annotated[
+        int,
+        typer.Option(
+            help="Likeliest next tokens of the second model that are kept; of the others a few are drawn.", min=1
+        ),
+    ] = TOP,
+    own: Annotated[int, typer.Option(help="Windows that the second model writes itself, also compared on.", min=0)] = 0,
+    greedy: Annotated[
+        int, typer.Option(help="Windows that both go on from, always with the likeliest token: who loops?", min=0)
+    ] = 0,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="To load and run in; auto: the checkpoint's own.")] = "auto",
     json_output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
     text_column: Column = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Perplexity, tokens a second, bytes on disk and in memory."""
-    names = [model] if against is None else [against, model]
+    """Perplexity, tokens a second, bytes on disk and in memory; with a second model, how far the two are apart."""
     with Bars() as bars:
-        results = []
-        for name in names:
 
-            def progress(stage: str, done: int, total: int, detail: str = "") -> None:
-                bars(detail or stage, done, total)
+        def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+            bars(" ".join(filter(None, (detail, stage if stage != STAGE else ""))), done, total)
 
-            results.append(
-                evaluate_verb(
-                    name, text or [None], window=window, max_windows=max_windows, batch_size=batch_size,
-                    device=device, dtype=dtype, text_column=text_column, trust_remote_code=trust_remote_code,
-                    progress=progress,
-                )
-            )  # fmt: skip
+        how: dict = {
+            "window": window, "max_windows": max_windows, "batch_size": batch_size, "device": device, "dtype": dtype,
+            "text_column": text_column, "trust_remote_code": trust_remote_code, "progress": progress,
+        }  # fmt: skip
+        found = None
+        if against is None and baseline is None:
+            if own or greedy or top != TOP or seed:
+                raise UserError("--own, --greedy, --top and --seed are for comparing; name a model with --against.")
+            results = [evaluate_verb(model, text or [None], **how)]
+        else:
+            found = evaluate_against(
+                model, against, text or [None], baseline=baseline, top=top, own=own, greedy=greedy, seed=seed, **how
+            )
+            results = [found.dense, found.model]
     console.print(evaluation_table(results))
+    figures = [asdict(result) for result in results]
+    if found is not None:
+        console.print(divergence_table(found))
+        if found.repetition is not None:
+            console.print(repetition_table(found.repetition, results))
+        figures[1] |= {name: asdict(found)[name] for name in ("texts", "overall", "repetition")}
     if json_output:
-        json_output.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+        json_output.write_text(json.dumps(figures, indent=1) + "\n")

@@ -9,11 +9,14 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text as RichText
 
+from ..contrast import Contrast
 from ..coverage import Coverage
+from ..divergence import Interval, Repetition
 from ..evaluation import Evaluation
 from ..healing import Healing
 from ..inspection import KernelChoice
 from ..plan import Plan
+from ..text import OWN
 
 
 def kernel_table(choices: list[KernelChoice]) -> Table:
@@ -37,7 +40,7 @@ def validation_table(healed: Healing) -> Table:
 def comparison_table(rows: list[dict]) -> Table:
     """One line a run; the Pareto front (parameters against mean perplexity) is starred."""
     dense = rows[0]
-    names = ("× dense", "experts", "model", "disk", "tok/s", "s", "")
+    names = ("× dense", "KL", "same top", "experts", "model", "disk", "tok/s", "s", "")
     table = Table("method", "ratio", *dense["perplexity"], *names)
     for row in rows:
         if "error" in row:
@@ -45,9 +48,10 @@ def comparison_table(rows: list[dict]) -> Table:
             continue
         table.add_row(
             row["label"], str(row["ratio"]), *(f"{p:.2f}" for p in row["perplexity"].values()),
-            f"{row['mean_perplexity'] / dense['mean_perplexity']:.3f}", short(row["expert_parameters"]),
-            short(row["parameters"]), size(row["disk_bytes"]), f"{row['tokens_per_second']:,.0f}",
-            f"{row.get('seconds', 0):.1f}", "★" if row["front"] else "",
+            f"{row['mean_perplexity'] / dense['mean_perplexity']:.3f}",
+            f"{row['kl']:.4f}" if "kl" in row else "", f"{row['agreement']:.1%}" if "agreement" in row else "",
+            short(row["expert_parameters"]), short(row["parameters"]), size(row["disk_bytes"]),
+            f"{row['tokens_per_second']:,.0f}", f"{row.get('seconds', 0):.1f}", "★" if row["front"] else "",
         )  # fmt: skip
     return table
 
@@ -86,6 +90,45 @@ def evaluation_table(results: list[Evaluation]) -> Table:
         rise = math.log(results[1].mean_perplexity / results[0].mean_perplexity)
         table.add_row("rise of the loss, nats a token", "", f"{rise:.4f}", f"{results[1].expected_loss:.4f} planned")
     return table
+
+
+def divergence_table(found: Contrast) -> Table:
+    """How far the model is from the dense one, a line a text, with 95 % intervals over windows."""
+    table = Table(
+        "text", "windows", "KL, nats a token", "same likeliest token", "perplexity / dense", title_justify="left",
+        title=f"How far from {Path(found.dense.model).name}, with 95 % intervals over windows",
+    )  # fmt: skip
+    table.columns[0].overflow = "fold"
+    rows = {("what it writes itself" if label == OWN else label): one for label, one in found.texts.items()}
+    if len(found.dense.perplexity) > 1:
+        rows["the given texts, each as much"] = found.overall
+    for label, one in rows.items():
+        table.add_row(
+            label, str(one.windows), between(one.kl, "{:.4f}"), between(one.agreement, "{:.1%}"),
+            between(one.perplexity_ratio, "{:.4f}"),
+        )  # fmt: skip
+    return table
+
+
+def repetition_table(found: Repetition, results: Sequence[Evaluation]) -> Table:
+    """What greedy output repeats: the dense model's and the other's."""
+    table = Table(
+        "", *(Path(r.model).name for r in results), title_justify="left",
+        title=f"Greedy output: {found.outputs} prompts of {found.prompt} tokens, up to {found.tokens} more",
+    )  # fmt: skip
+    table.add_row("fall into a loop", between(found.dense_looping, "{:.1%}"), between(found.looping, "{:.1%}"))
+    table.add_row(
+        "different sequences of four", between(found.dense_distinct, "{:.1%}"), between(found.distinct, "{:.1%}")
+    )
+    return table
+
+
+def between(interval: Interval, form: str) -> str:
+    """`0.0123 [0.0119, 0.0128]`"""
+    value = form.format(interval.value)
+    if interval.low is None or interval.high is None:
+        return value
+    return f"{value} [{form.format(interval.low)}, {form.format(interval.high)}]"
 
 
 def plan_table(made: Plan) -> Table:

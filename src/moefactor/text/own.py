@@ -99,7 +99,8 @@ def continue_text(
     model: PreTrainedModel, tokenizer: Tokenizer, ids: Tensor, tokens: int, settings: dict, *, seed: int = 0,
     tell: Callable[[str], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """(1, n) -> (1, ≤ n + tokens): the likeliest next token, again and again, until the text ends.
+    """(rows, n) -> (rows, ≤ n + tokens): the likeliest next token, again and again, until the text ends; rows that end
+    before others are padded.
 
     Args:
         settings: of generation_settings; with do_sample among them tokens are drawn, by `seed`.
