@@ -23,7 +23,7 @@ from moefactor.forms import (
     low_rank,
 )
 from moefactor.routing import Routing
-from moefactor.runtime.kernels import KERNELS, Kernel, Setting, Way, choose, quantised, why_not
+from moefactor.runtime.kernels import KERNELS, Kernel, Setting, Way, choose, dequantise, why_not
 from moefactor.runtime.kernels.atoms import AtomsKernel
 from moefactor.runtime.kernels.mixture_in_cache import MixtureInCache
 from moefactor.runtime.kernels.reference import Rebuilt
@@ -204,7 +204,7 @@ def test_rows_in_a_few_bits_are_never_numbers_all_at_once(kind: str, monkeypatch
     form, asked = FORMS[kind], []
     tensor = Quantised.tensor
     monkeypatch.setattr(Quantised, "tensor", lambda form, name, *more: asked.append(name) or tensor(form, name, *more))
-    monkeypatch.setattr(quantised, "ROOM", 4 * 3 * H)  # three rows of float32
+    monkeypatch.setattr(dequantise, "NUMBERS", 3 * H)  # three rows
     with torch.no_grad():
         found = results(choose(form, CPU), random(form), routed("some unvisited"))
         assert form.channel_tensor not in asked

@@ -75,15 +75,6 @@ def values(packed: Tensor, scale: Tensor, bits: int, count: int, group: int) -> 
     return codes * scale.repeat_interleave(group, -1)[..., :count]
 
 
-def fill(out: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
-    """The same into `out` (…, count), of any floating-point type. Nothing is kept for a gradient."""
-    out.copy_(unpack(packed, bits, out.shape[-1])).sub_(midpoint(bits))
-    scale, whole = scale.to(out.dtype), out.shape[-1] // group
-    out[..., : whole * group].unflatten(-1, (whole, group)).mul_(scale[..., :whole].unsqueeze(-1))
-    out[..., whole * group :].mul_(scale[..., whole:])
-    return out
-
-
 def midpoint(bits: int) -> float:
     """What is taken off a code before it is scaled."""
     return (2**bits - 1) / 2

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from ...forms import Quantised
 from ...forms.base import Factors
-from ...forms.packing import fill
 from ...routing import Routing
 from .base import Kernel
 from .basis_mixture import BasisMixtureKernel
 from .composed import LatentKernel
 from .dense import RaggedKernel
+from .dequantise import Dequantiser
 from .setting import Setting
 
-ROOM = 1 << 22  # bytes of numbers together; fewer rows cost calls, more do not stay in the cache
 FEW = 8  # rows an expert: fewer of 16 bits are multiplied faster once they are float32
 
 
@@ -122,13 +121,13 @@ class PackedRowsKernel(RaggedKernel):
 
     def read_rows(self, factors: Factors, rows: Tensor, routing: Routing) -> Tensor:
         form, packed, out = self.form, cast(PackedRows, factors["weight"]), []
-        room = torch.empty(ROOM, dtype=torch.uint8)
+        room = Dequantiser(form.hidden, self.group)
         for expert, own in _own(rows, routing, packed.dtype):
             met = []
             for place, part in enumerate(packed.parts):
                 width = self.widths[place][expert]
                 through = own.new_empty(len(own), form.halves * width)
-                for window, numbers in self._numbers(place, part, expert, room.view(own.dtype)):
+                for window, numbers in self._numbers(place, part, expert, room, own.dtype):
                     torch.mm(own, numbers.T, out=through[:, window])
                 met.append(through.view(len(own), form.halves, width))
             out.append(self._widen(torch.cat(met, 2).to(packed.dtype), form.widths[expert]))
@@ -136,26 +135,26 @@ class PackedRowsKernel(RaggedKernel):
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         form, packed, out = self.form, cast(PackedRows, factors["weight"]), []
-        room = torch.empty(ROOM, dtype=torch.uint8)
+        room = Dequantiser(form.hidden, self.group)
         for expert, own in _own(activations, routing, packed.dtype):
             total = own.new_zeros(len(own), form.hidden)
             first = 0
             for place, part in enumerate(packed.parts):
-                for window, numbers in self._numbers(place, part, expert, room.view(own.dtype)):
+                for window, numbers in self._numbers(place, part, expert, room, own.dtype):
                     total.addmm_(own[:, first + window.start : first + window.stop], numbers)
                 first += self.widths[place][expert]
             out.append(total.to(packed.dtype))
         return torch.cat(out) if out else activations.new_zeros(0, form.hidden)
 
-    def _numbers(self, place: int, part: Part, expert: int, room: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _numbers(
+        self, place: int, part: Part, expert: int, room: Dequantiser, dtype: torch.dtype
+    ) -> Iterator[tuple[slice, Tensor]]:
         """(which of an expert's rows in a part, these as numbers until the next are asked for)."""
         first, count = self.firsts[place][expert], self.form.halves * self.widths[place][expert]
-        step = max(1, len(room) // self.form.hidden)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            numbers = room[: (stop - start) * self.form.hidden].view(-1, self.form.hidden)
+        for start in range(0, count, room.rows):
+            stop = min(start + room.rows, count)
             rows = slice(first + start, first + stop)
-            yield slice(start, stop), fill(numbers, part.codes[rows], part.scale[rows], part.bits, self.group)
+            yield slice(start, stop), room(part.codes[rows], part.scale[rows], part.bits, dtype)
 
 
 def _own(rows: Tensor, routing: Routing, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
