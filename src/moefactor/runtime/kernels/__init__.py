@@ -64,6 +64,8 @@ def _no_triton(form: Form, setting: Setting) -> str | None:
 
 
 def _no_packed_rows(form: Quantised, setting: Setting) -> str | None:
+    if setting.dtype not in DTYPES:
+        return f"codes become numbers of 16 or 32 bits, not {setting.dtype_name}"
     if form.channels or form.precision(form.channel_tensor):
         return None
     return f"{form.inner.name} has no tensor in a few bits with a row for each channel"
