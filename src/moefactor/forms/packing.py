@@ -70,9 +70,10 @@ def _spread(plane: Tensor, bits: int) -> Tensor:
 def values(packed: Tensor, scale: Tensor, bits: int, count: int, group: int) -> Tensor:
     """(…, count) in the scale's dtype: what codes (…, words) with scales (…, groups) stand for."""
     codes = unpack(packed, bits, count).to(scale.dtype).sub_(midpoint(bits))
-    if count % group == 0:
-        return (codes.unflatten(-1, (-1, group)) * scale.unsqueeze(-1)).flatten(-2)
-    return codes * scale.repeat_interleave(group, -1)[..., :count]
+    if count % group:
+        return codes * scale.repeat_interleave(group, -1)[..., :count]
+    codes, scale = codes.unflatten(-1, (-1, group)), scale.unsqueeze(-1)
+    return (codes * scale if scale.requires_grad else codes.mul_(scale)).flatten(-2)
 
 
 def midpoint(bits: int) -> float:

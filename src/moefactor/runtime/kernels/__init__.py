@@ -21,7 +21,7 @@ from .composed import BasePlusDeltaKernel, LatentKernel
 from .dense import DenseKernel, RaggedKernel
 from .grouped import DTYPES, Linear, grouped_hindrance, grouped_linear, looped_linear
 from .mixture_in_cache import MixtureInCache
-from .quantised import QuantisedByExpert, QuantisedKernel
+from .quantised import PackedRowsKernel, QuantisedKernel, QuantisedRowsKernel, RowsByExpert, RowsByPair
 from .reference import Rebuilt
 from .residual import SparseResidualKernel, WindowResidualKernel
 from .residual_share import ResidualShare, ResidualShareKernel, ZeroKernel
@@ -115,6 +115,10 @@ def _around(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> tup
     return (Way(f"around {inner}", _holding(kernel, inner), _always), REFERENCE)
 
 
+def _in_rows(rows: type[PackedRowsKernel]) -> Callable[[Form, Setting], Kernel]:
+    return _holding(partial(QuantisedRowsKernel, rows=rows), "inner")
+
+
 def _share(form: ResidualShare, setting: Setting) -> Kernel:
     return ResidualShareKernel(form, setting, choose(form.inner, setting), choose(form.whole, setting))
 
@@ -140,8 +144,8 @@ KERNELS: dict[str, tuple[Way, ...]] = {
     "sparse_residual": _around(SparseResidualKernel, "inner"),
     "window_residual": _around(WindowResidualKernel, "inner"),
     "quantised": (
-        # On a GPU a loop would wait for the host at every call.
-        Way("dequantised expert by expert", _holding(QuantisedByExpert, "inner"), _no_packed_rows, "cpu"),
+        Way("dequantised expert by expert", _in_rows(RowsByExpert), _no_packed_rows, "cpu"),
+        Way("dequantised pair by pair or whole", _in_rows(RowsByPair), _no_packed_rows),
         Way("dequantised whole", _holding(QuantisedKernel, "inner"), _always),
         REFERENCE,
     ),

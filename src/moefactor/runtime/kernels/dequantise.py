@@ -49,8 +49,8 @@ class Dequantiser:
     def _doubled(self, codes: Tensor, bits: int) -> Tensor:
         """(n, columns) int8: 2 c − (2^bits − 1), twice what a code stands for.
 
-        The plane of 4 bits is shifted apart in 16 bits; that of 2 or 1 is looked up a byte at a time, its place and what is
-        taken off being in the table.
+        The plane of 4 bits is shifted apart in 16 bits. That of 2 or 1 is looked up a byte at a time, its place and
+        what is taken off being in the table.
         """
         total, start, low = None, 0, 0
         for p in planes(bits):
