@@ -248,6 +248,12 @@ def test_widths_that_make_no_atoms_are_named(widths: tuple[int, ...], reason: st
     assert "atoms of one width" not in dict(why_not(form, CPU))  # there a loop is the faster way
 
 
+def test_what_a_form_inside_would_want_is_said_where_its_own_way_runs_it() -> None:
+    assert why_not(FORMS["few bits, uneven"], CPU) == []
+    cuda = dict(why_not(FORMS["few bits, uneven"], Setting("cuda", torch.bfloat16, (9, 0))))
+    assert "uneven widths" in cuda["grouped GEMM"]
+
+
 def test_what_triton_can_not_form_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Setting("cuda", torch.bfloat16, (9, 0))
     found: Callable[[str], object] = lambda name: SimpleNamespace() if name == "triton" else None  # noqa: E731

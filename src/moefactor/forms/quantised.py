@@ -142,7 +142,7 @@ class Quantised(Form):
             _checked_bits(data, each, name)
         channels = []
         for key, widths in data.get("channels", dict, {}).items():
-            each = _checked_bits(data, next((bits for bits in BITS if str(bits) == key), key), "'channels'")
+            each = _checked_bits(data, next((b for b in BITS if str(b) == key), key), "'channels'")
             counts = isinstance(widths, list) and all(type(w) is int and w >= 0 for w in widths)
             if not counts or len(widths) != experts:
                 raise data.error(f"'channels' of {key} bits must have a number of channels for each expert.")

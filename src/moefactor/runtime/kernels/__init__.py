@@ -37,12 +37,14 @@ class Way:
 
     name: for people.  build: (form, setting) -> Kernel.  hindrance: (form, setting) -> why it can't, or None.
     device: the one it is made for, if there is one; elsewhere it is no way at all, so nothing hinders it.
+    inside: whether a form inside is run by its own best way.
     """
 
     name: str
     build: Callable[[Any, Setting], Kernel]
     hindrance: Callable[[Any, Setting], str | None]
     device: str | None = None
+    inside: bool = True
 
 
 def _always(form: Form, setting: Setting) -> None:
@@ -144,7 +146,7 @@ KERNELS: dict[str, tuple[Way, ...]] = {
     "sparse_residual": _around(SparseResidualKernel, "inner"),
     "window_residual": _around(WindowResidualKernel, "inner"),
     "quantised": (
-        Way("dequantised expert by expert", _in_rows(RowsByExpert), _no_packed_rows, "cpu"),
+        Way("dequantised expert by expert", _in_rows(RowsByExpert), _no_packed_rows, "cpu", inside=False),
         Way("dequantised pair by pair or whole", _in_rows(RowsByPair), _no_packed_rows),
         Way("dequantised whole", _holding(QuantisedKernel, "inner"), _always),
         REFERENCE,
@@ -177,7 +179,7 @@ def why_not(form: Form, setting: Setting) -> list[tuple[str, str]]:
         if hindrance is None:
             break
         found.append((candidate.name, hindrance))
-    for inner in ("inner", "delta"):
+    for inner in ("inner", "delta") if candidate.inside else ():
         if isinstance(getattr(form, inner, None), Form):
             found += why_not(getattr(form, inner), setting)
     return found
