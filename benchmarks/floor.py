@@ -13,6 +13,7 @@ from moefactor.forms import (
     Dense,
     Form,
     Latent,
+    Quantised,
     Ragged,
     SharedBasis,
     SparseResidual,
@@ -65,6 +66,13 @@ def _(form: Ragged, call: Call) -> Work:
     return Work(
         sum(form.widths[e] * row for e in call.counts), sum(form.widths[e] * row * n for e, n in call.counts.items())
     )
+
+
+@work.register
+def _(form: Quantised, call: Call) -> Work:
+    """Its numbers are those of 16 bits that take as much."""
+    inner = work(form.inner, call)
+    return Work(round(inner.numbers * form.bits() / form.inner.bits()), inner.products, inner.evaluations)
 
 
 @work.register

@@ -35,6 +35,7 @@ from moefactor.forms import (
     Dense,
     Form,
     Latent,
+    Quantised,
     Ragged,
     SharedBasis,
     WindowResidual,
@@ -45,6 +46,7 @@ from moefactor.plan import LayerPlan
 from moefactor.runtime.module import FactorisedExperts
 
 KEPT = 0.6
+MIXED = {6: 0.1, 5: 0.25, 4: 0.35, 3: 0.3}  # bits -> channels that have them, much as 4 bits a channel are spent
 MODELS = {  # hidden, intermediate, experts, top k
     "qwen3-30b": (2048, 768, 128, 8),
     "deepseek-v3": (7168, 2048, 16, 8),  # of 256 experts, which one machine's memory would not hold
@@ -101,10 +103,24 @@ def plans(layer: ExpertLayer) -> dict[str, Callable[[], LayerPlan]]:
         writes = rows == width
         return BasePlusDelta(experts, rows, hidden, delta, kept=width if writes else hidden, writes=writes)
 
-    def ragged(multiple: int) -> Callable[[int], Form]:
+    def ragged(multiple: int) -> Callable[[int], Ragged]:
         spread = [0.3 + 0.6 * e / (experts - 1) for e in range(experts)]
         widths = tuple(round(s * width / multiple) * multiple for s in spread)
         return lambda rows: Ragged(experts, rows, hidden, widths=widths, halves=rows // width)
+
+    def in_bits(form: Ragged, shares: dict[int, float]) -> Form:
+        """Rounded, in groups of 64. shares: bits -> share of every expert's channels that have them, in eights."""
+        if len(shares) == 1:
+            return Quantised(experts, form.width, hidden, form, 64, (("weight", *shares),))
+        left, channels = form.widths, {}
+        for bits, share in shares.items():
+            own = tuple(min(r, round(share * w / 8) * 8) for r, w in zip(left, form.widths, strict=True))
+            channels[bits], left = own, tuple(r - o for r, o in zip(left, own, strict=True))
+        channels[bits] = tuple(o + r for o, r in zip(own, left, strict=True))
+        return Quantised(experts, form.width, hidden, form, 64, channels=tuple(channels.items()))
+
+    def whole(rows: int) -> Ragged:
+        return Ragged(experts, rows, hidden, widths=(width,) * experts, halves=rows // width)
 
     def narrow(rows: int) -> Form:
         widths = (int(KEPT * width) // 8 * 8,) * experts
@@ -127,6 +143,11 @@ def plans(layer: ExpertLayer) -> dict[str, Callable[[], LayerPlan]]:
         "channels, one width": lambda: each(narrow, joint),
         "channels, ragged by 64": lambda: each(ragged(64), joint),
         "channels, ragged by 1": lambda: each(ragged(1), joint),
+        "4 bits": lambda: each(lambda rows: in_bits(whole(rows), {4: 1.0}), joint),
+        "8 bits": lambda: each(lambda rows: in_bits(whole(rows), {8: 1.0}), joint),
+        "3 bits": lambda: each(lambda rows: in_bits(whole(rows), {3: 1.0}), joint),
+        "channels, 4 bits": lambda: each(lambda rows: in_bits(ragged(64)(rows), {4: 1.0}), joint),
+        "channels, mixed bits": lambda: each(lambda rows: in_bits(ragged(64)(rows), MIXED), joint),
         "biaxial, fast": lambda: biaxial(0),
         "biaxial, fast, latent": latent,
         "biaxial, linear": lambda: biaxial(4, "identity"),

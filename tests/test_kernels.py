@@ -23,9 +23,10 @@ from moefactor.forms import (
     low_rank,
 )
 from moefactor.routing import Routing
-from moefactor.runtime.kernels import KERNELS, Kernel, Setting, Way, choose, quantised, why_not
+from moefactor.runtime.kernels import KERNELS, Kernel, Setting, Way, choose, dequantise, why_not
 from moefactor.runtime.kernels.atoms import AtomsKernel
 from moefactor.runtime.kernels.mixture_in_cache import MixtureInCache
+from moefactor.runtime.kernels.quantised import QuantisedRowsKernel, RowsByPair
 from moefactor.runtime.kernels.reference import Rebuilt
 
 E, W, H = 6, 48, 40
@@ -135,7 +136,7 @@ def test_the_table_has_what_is_meant_to_be_tested() -> None:
     assert names["atoms"] == ["atoms of one width", "a loop over experts"]
     assert names["uneven"] == ["a loop over experts"]
     assert names["tight"][0] == "formed in cache"
-    assert names["few bits"] == ["dequantised expert by expert", "dequantised whole"]
+    assert names["few bits"] == [f"dequantised {how}" for how in ("expert by expert", "pair by pair or whole", "whole")]
     assert names["few bits, low rank"] == ["dequantised whole"]
 
 
@@ -154,35 +155,39 @@ def test_gradients_are_the_references(kind: str) -> None:
             close(found, right, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "dense",
-        "one width",
-        "latent",
-        "linear",
-        "low rank",
-        "residual",
-        "base",
-        "few bits, one width",
-        "few bits, latent",
-    ],
-)
+@pytest.mark.parametrize("kind", ["dense", "one width", "latent", "linear", "low rank", "residual", "base"])
 def test_what_needs_no_host_is_one_graph(kind: str) -> None:
     """What torch.compile(fullgraph=True) takes has no shape that depends on data and waits for nothing. In bfloat16,
     the only type whose grouped GEMM it traces."""
-    form, dtype = FORMS[kind], torch.bfloat16
-    whole = {way.name: way for way in KERNELS[form.name]}.get("dequantised whole")
-    kernel = whole.build(form, Setting("cpu", dtype)) if whole else choose(form, Setting("cpu", dtype))
-    latent = kernel.inner if whole else kernel
-    if isinstance(latent.form, Latent):
-        latent.inner = AtomsKernel(latent.form.inner, Setting("cpu", dtype))  # what a GPU would have
+    form = FORMS[kind]
+    kernel = choose(form, Setting("cpu", torch.bfloat16))
+    if isinstance(form, Latent):
+        kernel.inner = AtomsKernel(form.inner, kernel.setting)  # what a GPU would have
+    check_one_graph(kernel)
+
+
+@pytest.mark.parametrize("by_pair", [True, False])
+@pytest.mark.parametrize("kind", ["few bits, dense", "few bits, one width", "few bits", "few bits, latent"])
+def test_few_bits_on_a_gpu_are_one_graph(kind: str, by_pair: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowsByPair, "serves", lambda rows, pairs: by_pair)
+    way = {way.name: way for way in KERNELS["quantised"]}["dequantised pair by pair or whole"]
+    kernel = way.build(FORMS[kind], Setting("cpu", torch.bfloat16))
+    if isinstance(kernel.inner.form, Latent):
+        kernel.inner.inner = AtomsKernel(kernel.inner.form.inner, kernel.setting)
+    elif kernel.inner.form == FORMS["atoms of gate and up"]:
+        kernel.inner = AtomsKernel(kernel.inner.form, kernel.setting)
+    check_one_graph(kernel)
+
+
+def check_one_graph(kernel: Kernel) -> None:
+    form, dtype = kernel.form, torch.bfloat16
     factors, x = random(form, dtype), torch.randn(5, H).to(dtype)
 
     def call(ids: Tensor, weights: Tensor) -> Tensor:
         routing = Routing(ids, weights, E)
         out = kernel.read(factors, x, routing)
-        return kernel.write_combined(factors, out, routing) if form.width == W and kind != "base" else out
+        writes = form.width == W and not isinstance(form, BasePlusDelta)
+        return kernel.write_combined(factors, out, routing) if writes else out
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     ids, weights = torch.tensor(ROUTINGS["some unvisited"]), torch.rand(5, 2)
@@ -204,12 +209,27 @@ def test_rows_in_a_few_bits_are_never_numbers_all_at_once(kind: str, monkeypatch
     form, asked = FORMS[kind], []
     tensor = Quantised.tensor
     monkeypatch.setattr(Quantised, "tensor", lambda form, name, *more: asked.append(name) or tensor(form, name, *more))
-    monkeypatch.setattr(quantised, "ROOM", 4 * 3 * H)  # three rows of float32
+    monkeypatch.setattr(dequantise, "NUMBERS", 3 * H)  # three rows
     with torch.no_grad():
         found = results(choose(form, CPU), random(form), routed("some unvisited"))
         assert form.channel_tensor not in asked
         for one, right in zip(found, results(Rebuilt(form, CPU), random(form), routed("some unvisited")), strict=True):
             close(one, right, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["few bits", "few bits, dense", "few bits, latent", "few bits, tight"])
+def test_rows_are_gathered_for_every_pair(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FORMS[kind]
+    monkeypatch.setattr(RowsByPair, "serves", lambda rows, pairs: True)
+    kernel = QuantisedRowsKernel(form, CPU, choose(form.inner, CPU), RowsByPair)
+    with torch.no_grad():
+        for routing in ROUTINGS:
+            expected = results(Rebuilt(form, CPU), random(form), routed(routing))
+            for one, right in zip(results(kernel, random(form), routed(routing)), expected, strict=True):
+                close(one, right, 1e-5)
+    monkeypatch.undo()
+    assert kernel.rows.serves(1)  # less work than all rows
+    assert not kernel.rows.serves(E)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +246,12 @@ def test_widths_that_make_no_atoms_are_named(widths: tuple[int, ...], reason: st
     reasons = dict(why_not(form, cuda))
     assert (reasons.get("atoms of one width") is None) if reason is None else (reason in reasons["atoms of one width"])
     assert "atoms of one width" not in dict(why_not(form, CPU))  # there a loop is the faster way
+
+
+def test_what_a_form_inside_would_want_is_said_where_its_own_way_runs_it() -> None:
+    assert why_not(FORMS["few bits, uneven"], CPU) == []
+    cuda = dict(why_not(FORMS["few bits, uneven"], Setting("cuda", torch.bfloat16, (9, 0))))
+    assert "uneven widths" in cuda["grouped GEMM"]
 
 
 def test_what_triton_can_not_form_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,6 +56,21 @@ def test_words_are_the_planes_bit_by_bit(bits: int, count: int) -> None:
         low += p
     assert sum(planes(bits)) == bits
     assert pack(codes, bits).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_reader_of_the_docs_reads_them(bits: int) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    reader: dict = {"np": np}
+    exec(re.search(r"^def unpacked.*?(?=^def )", docs, re.MULTILINE | re.DOTALL)[0], reader)
+    scale, packed = torch.rand(3, 2, 3), pack(codes_of((3, 2, 37), bits), bits)
+    found = reader["unpacked"](packed.numpy(), scale.numpy(), bits, 16, 37)
+    torch.testing.assert_close(torch.tensor(found), values(packed, scale, bits, 37, 16), check_dtype=False)
+
+
+def test_the_docs_examples() -> None:
+    assert pack(torch.arange(1, 10), 4).tolist() == [0x87654321 - 2**32, 9]
+    assert pack(torch.arange(8), 3).tolist() == [0xE4E4, 0xF0]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -31,6 +31,7 @@ FORMS: dict[str, tuple[str, dict]] = {
     "reap": ("reap", QUICK),
     "one_width": ("channels", {**QUICK, "widths": "model"}),
     "standard": ("biaxial", {**QUICK, "form": "standard", "refine_steps": 20}),
+    "few_bits": ("biaxial", {**QUICK, "refine_steps": 2, "ratio": None, "bpw": 3.0}),  # of every precision some
 }
 
 
@@ -38,10 +39,10 @@ def make(name: str, source: Path, text_file: Path, out: Path) -> Path:
     """The model compressed in the form `name`."""
     method, options = FORMS[name]
     options = dict(options)
-    ratio = options.pop("ratio", 0.4)
+    size = {"ratio": options.pop("ratio", 0.4), "bpw": options.pop("bpw", None)}
     own = {key: options.pop(key) for key in QUICK if key in options}
     text = {"calibration": str(text_file), **own} if Recipe.of(method, options).reads_text else {}
-    return moefactor.compress(str(source), method, ratio, out, **text, **options)
+    return moefactor.compress(str(source), method, output=out, **size, **text, **options)
 
 
 def transformers_says(folder: Path) -> Answers:

@@ -109,20 +109,22 @@ def test_every_architecture(
     assert_same(out, 0.05 if "kv_lora_rank" in ARCHITECTURES[kind] else 1e-3)
 
 
-@pytest.mark.parametrize("name", ["fast", "tight", "channels", "rfid", "mobe", "d2moe"])
+@pytest.mark.parametrize("name", ["fast", "tight", "channels", "rfid", "mobe", "d2moe", "few_bits"])
 def test_two_ranks(made: Callable[[str], Path], name: str) -> None:
     folder = made(name)
     assert_same(folder, tensor_parallel_size=2)
 
 
-def test_compiled(made: Callable[[str], Path]) -> None:
-    folder = made("tight")
+@pytest.mark.parametrize("name", ["tight", "few_bits"])
+def test_compiled(made: Callable[[str], Path], name: str) -> None:
+    folder = made(name)
     assert_same(folder, enforce_eager=False)
 
 
-def test_what_is_resident(made: Callable[[str], Path]) -> None:
-    """The plan's numbers, in the dtype served, and nothing beside them."""
-    folder = made("fast")
+@pytest.mark.parametrize(("name", "dtypes"), [("fast", {torch.float32}), ("few_bits", {torch.float32, torch.int32})])
+def test_what_is_resident(made: Callable[[str], Path], name: str, dtypes: set[torch.dtype]) -> None:
+    """The plan's numbers, in the dtype served or as codes, and nothing beside them."""
+    folder = made(name)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     stored = 0
     for path in folder.glob("*.safetensors"):
@@ -134,7 +136,7 @@ def test_what_is_resident(made: Callable[[str], Path]) -> None:
     def look(model: torch.nn.Module) -> None:
         held = {id(p): p for name, p in model.named_parameters() if ".experts." in name}
         assert sum(p.numel() for p in held.values()) == stored
-        assert {p.dtype for p in held.values()} == {torch.float32}
+        assert {p.dtype for p in held.values()} == dtypes
 
     vllm_says(folder, look)
     assert len(config["layers"]) == 4

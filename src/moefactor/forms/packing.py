@@ -70,18 +70,10 @@ def _spread(plane: Tensor, bits: int) -> Tensor:
 def values(packed: Tensor, scale: Tensor, bits: int, count: int, group: int) -> Tensor:
     """(…, count) in the scale's dtype: what codes (…, words) with scales (…, groups) stand for."""
     codes = unpack(packed, bits, count).to(scale.dtype).sub_(midpoint(bits))
-    if count % group == 0:
-        return (codes.unflatten(-1, (-1, group)) * scale.unsqueeze(-1)).flatten(-2)
-    return codes * scale.repeat_interleave(group, -1)[..., :count]
-
-
-def fill(out: Tensor, packed: Tensor, scale: Tensor, bits: int, group: int) -> Tensor:
-    """The same into `out` (…, count), of any floating-point type. Nothing is kept for a gradient."""
-    out.copy_(unpack(packed, bits, out.shape[-1])).sub_(midpoint(bits))
-    scale, whole = scale.to(out.dtype), out.shape[-1] // group
-    out[..., : whole * group].unflatten(-1, (whole, group)).mul_(scale[..., :whole].unsqueeze(-1))
-    out[..., whole * group :].mul_(scale[..., whole:])
-    return out
+    if count % group:
+        return codes * scale.repeat_interleave(group, -1)[..., :count]
+    codes, scale = codes.unflatten(-1, (-1, group)), scale.unsqueeze(-1)
+    return (codes * scale if scale.requires_grad else codes.mul_(scale)).flatten(-2)
 
 
 def midpoint(bits: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -74,31 +75,25 @@ class Quantised(Form):
             first += ragged.halves * width
         return [(bits, torch.cat(rows)) for bits, rows in found.items()]
 
-    def order(self) -> Tensor:
-        """(rows,) where each row of the channels' tensor lies among those of all precisions, one after the other."""
-        return torch.cat([rows for _, rows in self.places()]).argsort()
-
-    def tensor(self, name: str, factors: Factors, order: Tensor | None = None) -> Tensor:
+    def tensor(self, name: str, factors: Factors, places: Iterable[tuple[int, Tensor]] | None = None) -> Tensor:
         """One of the inner form's tensors, as numbers again.
 
-        order: what `order` gives, where it is at hand on the factors' device.
+        places: what `places` gives, where it is at hand on the factors' device.
         """
         count, bits = self.inner.tensors()[name].shape[-1], self.precision(name)
         if bits:
             return values(factors[f"{name}_codes"], factors[f"{name}_scale"], bits, count, self.group)
         if name != self.inner.channel_tensor or not self.channels:
             return factors[name]
-        parts = torch.cat(
-            [
-                values(factors[f"{name}_codes_b{each}"], factors[f"{name}_scale_b{each}"], each, count, self.group)
-                for each, _ in self.channels
-            ]
-        )
-        return parts.index_select(0, self.order().to(parts.device) if order is None else order)
+        whole = factors[f"{name}_scale_b{self.channels[0][0]}"].new_empty(self.inner.tensors()[name].shape)
+        for each, rows in self.places() if places is None else places:
+            part = values(factors[f"{name}_codes_b{each}"], factors[f"{name}_scale_b{each}"], each, count, self.group)
+            whole.index_copy_(0, rows.to(whole.device), part)
+        return whole
 
-    def rounded(self, factors: Factors, order: Tensor | None = None) -> Factors:
+    def rounded(self, factors: Factors, places: Iterable[tuple[int, Tensor]] | None = None) -> Factors:
         """All of the inner form's tensors, as numbers again."""
-        return {name: self.tensor(name, factors, order) for name in self.inner.tensors()}
+        return {name: self.tensor(name, factors, places) for name in self.inner.tensors()}
 
     def expanded(self, factors: Factors) -> tuple[Form, Factors]:
         return self.inner, self.rounded(factors)
@@ -147,7 +142,7 @@ class Quantised(Form):
             _checked_bits(data, each, name)
         channels = []
         for key, widths in data.get("channels", dict, {}).items():
-            each = _checked_bits(data, next((bits for bits in BITS if str(bits) == key), key), "'channels'")
+            each = _checked_bits(data, next((b for b in BITS if str(b) == key), key), "'channels'")
             counts = isinstance(widths, list) and all(type(w) is int and w >= 0 for w in widths)
             if not counts or len(widths) != experts:
                 raise data.error(f"'channels' of {key} bits must have a number of channels for each expert.")

@@ -21,7 +21,7 @@ from .composed import BasePlusDeltaKernel, LatentKernel
 from .dense import DenseKernel, RaggedKernel
 from .grouped import DTYPES, Linear, grouped_hindrance, grouped_linear, looped_linear
 from .mixture_in_cache import MixtureInCache
-from .quantised import QuantisedByExpert, QuantisedKernel
+from .quantised import PackedRowsKernel, QuantisedKernel, QuantisedRowsKernel, RowsByExpert, RowsByPair
 from .reference import Rebuilt
 from .residual import SparseResidualKernel, WindowResidualKernel
 from .residual_share import ResidualShare, ResidualShareKernel, ZeroKernel
@@ -37,12 +37,14 @@ class Way:
 
     name: for people.  build: (form, setting) -> Kernel.  hindrance: (form, setting) -> why it can't, or None.
     device: the one it is made for, if there is one; elsewhere it is no way at all, so nothing hinders it.
+    inside: whether a form inside is run by its own best way.
     """
 
     name: str
     build: Callable[[Any, Setting], Kernel]
     hindrance: Callable[[Any, Setting], str | None]
     device: str | None = None
+    inside: bool = True
 
 
 def _always(form: Form, setting: Setting) -> None:
@@ -64,6 +66,8 @@ def _no_triton(form: Form, setting: Setting) -> str | None:
 
 
 def _no_packed_rows(form: Quantised, setting: Setting) -> str | None:
+    if setting.dtype not in DTYPES:
+        return f"codes become numbers of 16 or 32 bits, not {setting.dtype_name}"
     if form.channels or form.precision(form.channel_tensor):
         return None
     return f"{form.inner.name} has no tensor in a few bits with a row for each channel"
@@ -113,6 +117,10 @@ def _around(kernel: Callable[[Any, Setting, Kernel], Kernel], inner: str) -> tup
     return (Way(f"around {inner}", _holding(kernel, inner), _always), REFERENCE)
 
 
+def _in_rows(rows: type[PackedRowsKernel]) -> Callable[[Form, Setting], Kernel]:
+    return _holding(partial(QuantisedRowsKernel, rows=rows), "inner")
+
+
 def _share(form: ResidualShare, setting: Setting) -> Kernel:
     return ResidualShareKernel(form, setting, choose(form.inner, setting), choose(form.whole, setting))
 
@@ -138,8 +146,8 @@ KERNELS: dict[str, tuple[Way, ...]] = {
     "sparse_residual": _around(SparseResidualKernel, "inner"),
     "window_residual": _around(WindowResidualKernel, "inner"),
     "quantised": (
-        # On a GPU a loop would wait for the host at every call.
-        Way("dequantised expert by expert", _holding(QuantisedByExpert, "inner"), _no_packed_rows, "cpu"),
+        Way("dequantised expert by expert", _in_rows(RowsByExpert), _no_packed_rows, "cpu", inside=False),
+        Way("dequantised pair by pair or whole", _in_rows(RowsByPair), _no_packed_rows),
         Way("dequantised whole", _holding(QuantisedKernel, "inner"), _always),
         REFERENCE,
     ),
@@ -171,7 +179,7 @@ def why_not(form: Form, setting: Setting) -> list[tuple[str, str]]:
         if hindrance is None:
             break
         found.append((candidate.name, hindrance))
-    for inner in ("inner", "delta"):
+    for inner in ("inner", "delta") if candidate.inside else ():
         if isinstance(getattr(form, inner, None), Form):
             found += why_not(getattr(form, inner), setting)
     return found

@@ -1,8 +1,8 @@
 """Quantised forms: the inner form's own kernel, given numbers that last as long as the call.
 
-On a CPU the rows of channels, which are most of a layer, are numbers a few at a time: of the experts hit, one by one,
-in one room in the cache. Elsewhere, and for gradients, a stack is dequantised whole: that takes its 16 or 32 bits a
-number in memory until the product is done, but waits for nothing.
+Rows of channels, which are most of a layer, stay packed where they can: on a CPU they are numbers expert by expert, in
+one room in the cache; elsewhere, where a loop would wait for the host, those of every pair's expert if pairs are few.
+Otherwise, and for gradients, a stack is dequantised whole: that takes 16 or 32 bits a number until the product is done.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...forms import Quantised
 from ...forms.base import Factors
-from ...forms.packing import fill
+from ...forms.packing import values
 from ...routing import Routing
 from .base import Kernel
 from .basis_mixture import BasisMixtureKernel
 from .composed import LatentKernel
 from .dense import RaggedKernel
+from .dequantise import Dequantiser
 from .setting import Setting
 
-ROOM = 1 << 22  # bytes of numbers together; fewer rows cost calls, more do not stay in the cache
 FEW = 8  # rows an expert: fewer of 16 bits are multiplied faster once they are float32
 
 
@@ -35,61 +36,50 @@ class QuantisedKernel(Kernel[Quantised]):
     def __init__(self, form: Quantised, setting: Setting, inner: Kernel):
         super().__init__(form, setting, inner.linear)
         self.inner = inner
-        self._order: dict[torch.device, Tensor] = {}
+        self._places: dict[torch.device, list[tuple[int, Tensor]]] = {}
 
     def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        return self.inner.read(self._numbers(factors), tokens, routing)
+        kernel, numbers = self._opened(factors, routing)
+        return kernel.read(numbers, tokens, routing)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        return self.inner.write(self._numbers(factors), activations, routing)
+        kernel, numbers = self._opened(factors, routing)
+        return kernel.write(numbers, activations, routing)
 
     def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        return self.inner.write_combined(self._numbers(factors), activations, routing)
+        kernel, numbers = self._opened(factors, routing)
+        return kernel.write_combined(numbers, activations, routing)
 
-    def _numbers(self, factors: Factors) -> Factors:
-        """The inner form's tensors."""
+    def _opened(self, factors: Factors, routing: Routing) -> tuple[Kernel, Factors]:
+        """What runs the inner form in this call, and its tensors."""
         if not self.form.channels:
-            return self.form.rounded(factors)
+            return self.inner, self.form.rounded(factors)
         device = next(iter(factors.values())).device
-        if device not in self._order:
-            self._order[device] = self.form.order().to(device)
-        return self.form.rounded(factors, self._order[device])
+        if device not in self._places:
+            self._places[device] = [(bits, rows.to(device)) for bits, rows in self.form.places()]
+        return self.inner, self.form.rounded(factors, self._places[device])
 
 
-class QuantisedByExpert(QuantisedKernel):
-    """Rows of channels stay packed until the expert whose they are has tokens. Gradients are the parent's."""
+class QuantisedRowsKernel(QuantisedKernel):
+    """Rows of channels stay packed until those are known that have tokens."""
 
-    def __init__(self, form: Quantised, setting: Setting, inner: Kernel):
+    def __init__(self, form: Quantised, setting: Setting, inner: Kernel, rows: type[PackedRowsKernel]):
         super().__init__(form, setting, inner)
-        self.by_expert = _over_packed_rows(inner, PackedRowsKernel(form, setting))
+        self.rows = rows(form, setting)
+        self.around_rows = _around_rows(inner, self.rows)
 
-    def read(self, factors: Factors, tokens: Tensor, routing: Routing) -> Tensor:
-        if torch.is_grad_enabled():
-            return super().read(factors, tokens, routing)
-        return self.by_expert.read(self._packed(factors), tokens, routing)
-
-    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        if torch.is_grad_enabled():
-            return super().write(factors, activations, routing)
-        return self.by_expert.write(self._packed(factors), activations, routing)
-
-    def write_combined(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
-        if torch.is_grad_enabled():
-            return super().write_combined(factors, activations, routing)
-        return self.by_expert.write_combined(self._packed(factors), activations, routing)
-
-    def _packed(self, factors: Factors) -> Factors:
-        """The inner form's tensors, but PackedRows for the one that has a row for each channel."""
+    def _opened(self, factors: Factors, routing: Routing) -> tuple[Kernel, Factors]:
+        if torch.is_grad_enabled() or not self.rows.serves(len(routing.expert)):
+            return super()._opened(factors, routing)
         form, name = self.form, self.form.channel_tensor
         endings = [(bits, f"_b{bits}") for bits, _ in form.channels] or [(form.precision(name), "")]
-        rows = PackedRows(
-            tuple(
-                Part(bits, factors[f"{name}_codes{end}"].flatten(0, -2), factors[f"{name}_scale{end}"].flatten(0, -2))
-                for bits, end in endings
-            )
-        )
+        parts = [
+            Part(bits, factors[f"{name}_codes{end}"].flatten(0, -2), factors[f"{name}_scale{end}"].flatten(0, -2))
+            for bits, end in endings
+        ]
         numbers = {other: form.tensor(other, factors) for other in form.inner.tensors() if other != name}
-        return {**numbers, name: cast(Tensor, rows)}  # which PackedRowsKernel alone looks into
+        rows = cast(Tensor, PackedRows(tuple(parts)))  # which PackedRowsKernel alone looks into
+        return self.around_rows, {**numbers, name: rows}
 
 
 class Part(NamedTuple):
@@ -101,7 +91,7 @@ class Part(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """Stands for a tensor that is never to be numbers all at once."""
+    """Stands for a tensor that is not to be numbers all at once."""
 
     parts: tuple[Part, ...]
 
@@ -117,18 +107,30 @@ class PackedRowsKernel(RaggedKernel):
         rows = form.rows()
         super().__init__(rows, setting)
         self.group = form.group
-        self.widths = tuple(widths for _, widths in form.channels) or (rows.widths,)  # part by part
-        self.firsts = tuple(tuple(accumulate((rows.halves * w for w in each), initial=0)) for each in self.widths)
+        # Part by part: channels of each expert, where its rows begin, and how many channels it has in more bits.
+        self.widths = tuple(widths for _, widths in form.channels) or (rows.widths,)
+        self.firsts = tuple(tuple(accumulate((rows.halves * w for w in each), initial=0))[:-1] for each in self.widths)
+        sums = accumulate(
+            self.widths, lambda a, b: tuple(map(sum, zip(a, b, strict=True))), initial=(0,) * rows.experts
+        )
+        self.before = tuple(sums)[:-1]
+
+    def serves(self, pairs: int) -> bool:
+        return True
+
+
+class RowsByExpert(PackedRowsKernel):
+    """A loop over the experts hit, a few rows of each at a time."""
 
     def read_rows(self, factors: Factors, rows: Tensor, routing: Routing) -> Tensor:
         form, packed, out = self.form, cast(PackedRows, factors["weight"]), []
-        room = torch.empty(ROOM, dtype=torch.uint8)
+        room = Dequantiser(form.hidden, self.group)
         for expert, own in _own(rows, routing, packed.dtype):
             met = []
             for place, part in enumerate(packed.parts):
                 width = self.widths[place][expert]
                 through = own.new_empty(len(own), form.halves * width)
-                for window, numbers in self._numbers(place, part, expert, room.view(own.dtype)):
+                for window, numbers in self._numbers(place, part, expert, room, own.dtype):
                     torch.mm(own, numbers.T, out=through[:, window])
                 met.append(through.view(len(own), form.halves, width))
             out.append(self._widen(torch.cat(met, 2).to(packed.dtype), form.widths[expert]))
@@ -136,26 +138,77 @@ class PackedRowsKernel(RaggedKernel):
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
         form, packed, out = self.form, cast(PackedRows, factors["weight"]), []
-        room = torch.empty(ROOM, dtype=torch.uint8)
+        room = Dequantiser(form.hidden, self.group)
         for expert, own in _own(activations, routing, packed.dtype):
             total = own.new_zeros(len(own), form.hidden)
-            first = 0
             for place, part in enumerate(packed.parts):
-                for window, numbers in self._numbers(place, part, expert, room.view(own.dtype)):
-                    total.addmm_(own[:, first + window.start : first + window.stop], numbers)
-                first += self.widths[place][expert]
+                of_part = own[:, self.before[place][expert] :]
+                for window, numbers in self._numbers(place, part, expert, room, own.dtype):
+                    total.addmm_(of_part[:, window], numbers)
             out.append(total.to(packed.dtype))
         return torch.cat(out) if out else activations.new_zeros(0, form.hidden)
 
-    def _numbers(self, place: int, part: Part, expert: int, room: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _numbers(
+        self, place: int, part: Part, expert: int, room: Dequantiser, dtype: torch.dtype
+    ) -> Iterator[tuple[slice, Tensor]]:
         """(which of an expert's rows in a part, these as numbers until the next are asked for)."""
         first, count = self.firsts[place][expert], self.form.halves * self.widths[place][expert]
-        step = max(1, len(room) // self.form.hidden)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            numbers = room[: (stop - start) * self.form.hidden].view(-1, self.form.hidden)
+        for start in range(0, count, room.rows):
+            stop = min(start + room.rows, count)
             rows = slice(first + start, first + stop)
-            yield slice(start, stop), fill(numbers, part.codes[rows], part.scale[rows], part.bits, self.group)
+            yield slice(start, stop), room(part.codes[rows], part.scale[rows], part.bits, dtype)
+
+
+class RowsByPair(PackedRowsKernel):
+    """Every pair has its expert's rows, padded to the widest, gathered and dequantised for it: shapes depend on the
+    number of pairs alone, so nothing waits for a GPU. For few pairs, as in decoding."""
+
+    def __init__(self, form: Quantised, setting: Setting):
+        super().__init__(form, setting)
+        self._maps: dict[torch.device, Tensor] = {}
+
+    def serves(self, pairs: int) -> bool:
+        """Whether it is less work than dequantising all rows."""
+        return 2 * pairs * sum(map(max, self.widths)) <= sum(self.form.widths)
+
+    def read_rows(self, factors: Factors, rows: Tensor, routing: Routing) -> Tensor:
+        form, packed = self.form, cast(PackedRows, factors["weight"])
+        rows = rows.to(packed.dtype)
+        out = rows.new_zeros(len(rows), form.halves, form.channels + 1)  # one for what is padded
+        for part, at, channels in self._gathered(packed, routing):
+            numbers = self._numbers(part, at)  # (pairs, halves · most, H)
+            met = torch.bmm(numbers, rows.unsqueeze(2)).view(at.shape)
+            out.scatter_(2, channels.unsqueeze(1).expand_as(at), met)
+        return out[:, :, :-1].flatten(1)
+
+    def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
+        form, packed = self.form, cast(PackedRows, factors["weight"])
+        padded = pad(activations.to(packed.dtype), (0, 1))
+        total = padded.new_zeros(len(padded), form.hidden)
+        for part, at, channels in self._gathered(packed, routing):
+            total += torch.bmm(padded.gather(1, channels).unsqueeze(1), self._numbers(part, at)).squeeze(1)
+        return total
+
+    def _gathered(self, packed: PackedRows, routing: Routing) -> Iterator[tuple[Part, Tensor, Tensor]]:
+        """Of each part its rows (pairs, halves, most) that the pairs meet, and their channels (pairs, most), the last
+        but one for rows that are padded."""
+        form, device = self.form, routing.expert.device
+        if device not in self._maps:
+            self._maps[device] = torch.tensor((self.widths, self.firsts, self.before), device=device)
+        of_pairs = self._maps[device][:, :, routing.expert].unsqueeze(3)  # (3, parts, pairs, 1)
+        for place, part in enumerate(packed.parts):
+            width, first, before = of_pairs[:, place]
+            channel = torch.arange(max(self.widths[place]), device=device)
+            real = channel < width  # (pairs, most)
+            half = torch.arange(form.halves, device=device).view(1, -1, 1)
+            at = first.unsqueeze(1) + half * width.unsqueeze(1) + channel
+            if at.numel():
+                yield part, at.where(real.unsqueeze(1), 0), torch.where(real, before + channel, form.channels)
+
+    def _numbers(self, part: Part, at: Tensor) -> Tensor:
+        """(pairs, halves · most, H)."""
+        codes, scale = part.codes[at.flatten(1)], part.scale[at.flatten(1)]
+        return values(codes, scale, part.bits, self.form.hidden, self.group)
 
 
 def _own(rows: Tensor, routing: Routing, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -165,11 +218,11 @@ def _own(rows: Tensor, routing: Routing, dtype: torch.dtype) -> Iterator[tuple[i
             yield expert, rows[start:end].to(torch.float32 if end - start < FEW and dtype.itemsize < 4 else dtype)
 
 
-def _over_packed_rows(kernel: Kernel, rows: PackedRowsKernel) -> Kernel:
+def _around_rows(kernel: Kernel, rows: PackedRowsKernel) -> Kernel:
     """A kernel around the one that runs its rows, with another in that one's place."""
     if isinstance(kernel, LatentKernel):
         outer = copy(kernel)
-        outer.inner = _over_packed_rows(kernel.inner, rows)
+        outer.inner = _around_rows(kernel.inner, rows)
         return outer
     if isinstance(kernel, BasisMixtureKernel):
         mixture = copy(kernel)
