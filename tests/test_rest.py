@@ -20,6 +20,7 @@ from moefactor.fitting.rounding import round_to_nearest
 from moefactor.forms.packing import values
 from moefactor.healing import heal
 from moefactor.rest import GROUP, rest_bytes, rest_tensors
+from moefactor.runtime.engine import unpacked
 from moefactor.runtime.format import Rest
 from moefactor.runtime.linear import QuantisedEmbedding, QuantisedLinear
 from moefactor.streaming import StreamedModel
@@ -256,6 +257,32 @@ def test_export_dense_gives_the_numbers(made: Callable[..., Path], tiny_model: C
     for name, tensor in numbers(folder).items():
         assert torch.equal(exported[name], tensor)
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(load(folder)), atol=1e-3, rtol=1e-3)
+
+
+def test_no_rule_of_parallelism_cuts_words(made: Callable[..., Path]) -> None:
+    model = load(made("qwen3_moe", 8))
+    assert not model._tp_plan
+    assert not model._ep_plan
+
+
+def test_readers_of_the_first_version_refuse(made: Callable[..., Path]) -> None:
+    """They would leave `rest` out, and have embeddings at random."""
+    versions = [json.loads((made("qwen3_moe", bits) / "config.json").read_text()) for bits in (16, 8)]
+    assert [config["quantization_config"]["format_version"] for config in versions] == [1, 2]
+
+
+def test_engines_are_given_numbers(made: Callable[..., Path]) -> None:
+    """Whatever the order of codes and scales, which may lie in different shards; in the dtype that is served."""
+    folder = made("qwen3_moe", 8)
+    stored, rest = on_disk(folder), rest_of(folder)
+    for names in (sorted(stored), sorted(stored, reverse=True), sorted(stored, key=lambda n: (n[-5:], n))):
+        found = dict(unpacked(((name, stored[name]) for name in names), rest, torch.float32))
+        expected = numbers(folder)
+        assert found.keys() == expected.keys() | {n for n in stored if not n.endswith(("t_codes", "t_scale"))}
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    stored.pop("lm_head.weight_scale")
+    with pytest.raises(UserError, match=r"lm_head.weight: its codes or its scales are missing"):
+        dict(unpacked(iter(stored.items()), rest, torch.float32))
 
 
 # -- another choice, bad choices -----------------------------------------------------------------------------------
