@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import moefactor
 from models import IDS, load, logits, on_disk
@@ -22,8 +23,9 @@ from moefactor.healing import heal
 from moefactor.rest import GROUP, rest_bytes, rest_tensors
 from moefactor.runtime.engine import unpacked
 from moefactor.runtime.format import Rest
-from moefactor.runtime.linear import QuantisedEmbedding, QuantisedLinear
+from moefactor.runtime.linear import PART, QuantisedEmbedding, QuantisedLinear
 from moefactor.streaming import StreamedModel
+from tiny import COMMON, QWEN, tokenizer
 
 # Wide enough for matrices that are worth it.
 WIDE = {"hidden_size": 64, "head_dim": 32}
@@ -199,6 +201,18 @@ def test_gradients_reach_what_stays(made: Callable[..., Path]) -> None:
     assert all(m.weight_codes.grad is None for m in packed(model).values())
 
 
+def test_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = nn.Linear(64, 100)
+    layer = QuantisedLinear(dense, 4, GROUP)
+    codes, scale = round_to_nearest(dense.weight.data, 4, GROUP)
+    layer.weight_codes, layer.weight_scale = nn.Parameter(codes, requires_grad=False), nn.Parameter(scale)
+    x = torch.randn(3, 5, 64)
+    whole = layer(x)
+    torch.testing.assert_close(whole, nn.functional.linear(x, layer.weight, dense.bias))
+    monkeypatch.setitem(PART, "cpu", 7 * 64)
+    torch.testing.assert_close(layer(x), whole)
+
+
 def test_models_that_read_a_weight_themselves(made: Callable[..., Path]) -> None:
     model = load(made("qwen3_moe", 8, torch.bfloat16, **WIDE))
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -206,7 +220,7 @@ def test_models_that_read_a_weight_themselves(made: Callable[..., Path]) -> None
     assert model.get_input_embeddings().weight.device == model.device
 
 
-def test_fp8_sources_prediction_layers_and_towers_are_their_own(
+def test_fp8_sources_and_prediction_layers(
     tiny_model: Callable[..., Path], copied: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     """FP8 is undone first; what transformers has no place for is kept as it is."""
@@ -283,6 +297,31 @@ def test_engines_are_given_numbers(made: Callable[..., Path]) -> None:
     stored.pop("lm_head.weight_scale")
     with pytest.raises(UserError, match=r"lm_head.weight: its codes or its scales are missing"):
         dict(unpacked(iter(stored.items()), rest, torch.float32))
+
+
+def test_wrappers(tmp_path: Path) -> None:
+    """Names on disk that are others in the wrapper and in its text model alone; towers stay as they are."""
+    if "qwen3_5_moe" not in CONFIG_MAPPING:
+        pytest.skip("transformers has no qwen3_5_moe")
+    vision = {"hidden_size": 64, "intermediate_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 64}
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    text = {
+        **COMMON, **QWEN, **WIDE, **linear, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 64,
+        "num_hidden_layers": 4,
+    }  # fmt: skip
+    config = CONFIG_MAPPING["qwen3_5_moe"](text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    out = moefactor.compress(str(tmp_path / "m"), "svd", 0.25, tmp_path / "out", rest_bits=8)
+    found = set(numbers(out))
+    assert {"lm_head.weight", "model.language_model.layers.0.mlp.shared_expert.up_proj.weight"} <= found
+    assert not [name for name in found if "visual" in name or "gate.weight" in name]
+    wrapper, told = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert len(packed(wrapper)) == len(packed(load(out))) == len(found)
+    assert torch.equal(logits(wrapper.eval()), logits(load(out)))
 
 
 # -- another choice, bad choices -----------------------------------------------------------------------------------
