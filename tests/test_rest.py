@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import moefactor
 from models import IDS, load, logits, on_disk
@@ -20,9 +21,11 @@ from moefactor.fitting.rounding import round_to_nearest
 from moefactor.forms.packing import values
 from moefactor.healing import heal
 from moefactor.rest import GROUP, rest_bytes, rest_tensors
+from moefactor.runtime.engine import unpacked
 from moefactor.runtime.format import Rest
-from moefactor.runtime.linear import QuantisedEmbedding, QuantisedLinear
+from moefactor.runtime.linear import PART, QuantisedEmbedding, QuantisedLinear
 from moefactor.streaming import StreamedModel
+from tiny import COMMON, QWEN, tokenizer
 
 # Wide enough for matrices that are worth it.
 WIDE = {"hidden_size": 64, "head_dim": 32}
@@ -198,6 +201,18 @@ def test_gradients_reach_what_stays(made: Callable[..., Path]) -> None:
     assert all(m.weight_codes.grad is None for m in packed(model).values())
 
 
+def test_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = nn.Linear(64, 100)
+    layer = QuantisedLinear(dense, 4, GROUP)
+    codes, scale = round_to_nearest(dense.weight.data, 4, GROUP)
+    layer.weight_codes, layer.weight_scale = nn.Parameter(codes, requires_grad=False), nn.Parameter(scale)
+    x = torch.randn(3, 5, 64)
+    whole = layer(x)
+    torch.testing.assert_close(whole, nn.functional.linear(x, layer.weight, dense.bias))
+    monkeypatch.setitem(PART, "cpu", 7 * 64)
+    torch.testing.assert_close(layer(x), whole)
+
+
 def test_models_that_read_a_weight_themselves(made: Callable[..., Path]) -> None:
     model = load(made("qwen3_moe", 8, torch.bfloat16, **WIDE))
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -205,7 +220,7 @@ def test_models_that_read_a_weight_themselves(made: Callable[..., Path]) -> None
     assert model.get_input_embeddings().weight.device == model.device
 
 
-def test_fp8_sources_prediction_layers_and_towers_are_their_own(
+def test_fp8_sources_and_prediction_layers(
     tiny_model: Callable[..., Path], copied: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     """FP8 is undone first; what transformers has no place for is kept as it is."""
@@ -256,6 +271,57 @@ def test_export_dense_gives_the_numbers(made: Callable[..., Path], tiny_model: C
     for name, tensor in numbers(folder).items():
         assert torch.equal(exported[name], tensor)
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(load(folder)), atol=1e-3, rtol=1e-3)
+
+
+def test_no_rule_of_parallelism_cuts_words(made: Callable[..., Path]) -> None:
+    model = load(made("qwen3_moe", 8))
+    assert not model._tp_plan
+    assert not model._ep_plan
+
+
+def test_readers_of_the_first_version_refuse(made: Callable[..., Path]) -> None:
+    """They would leave `rest` out, and have embeddings at random."""
+    versions = [json.loads((made("qwen3_moe", bits) / "config.json").read_text()) for bits in (16, 8)]
+    assert [config["quantization_config"]["format_version"] for config in versions] == [1, 2]
+
+
+def test_engines_are_given_numbers(made: Callable[..., Path]) -> None:
+    """Whatever the order of codes and scales, which may lie in different shards; in the dtype that is served."""
+    folder = made("qwen3_moe", 8)
+    stored, rest = on_disk(folder), rest_of(folder)
+    for names in (sorted(stored), sorted(stored, reverse=True), sorted(stored, key=lambda n: (n[-5:], n))):
+        found = dict(unpacked(((name, stored[name]) for name in names), rest, torch.float32))
+        expected = numbers(folder)
+        assert found.keys() == expected.keys() | {n for n in stored if not n.endswith(("t_codes", "t_scale"))}
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    stored.pop("lm_head.weight_scale")
+    with pytest.raises(UserError, match=r"lm_head.weight: its codes or its scales are missing"):
+        dict(unpacked(iter(stored.items()), rest, torch.float32))
+
+
+def test_wrappers(tmp_path: Path) -> None:
+    """Names on disk that are others in the wrapper and in its text model alone; towers stay as they are."""
+    if "qwen3_5_moe" not in CONFIG_MAPPING:
+        pytest.skip("transformers has no qwen3_5_moe")
+    vision = {"hidden_size": 64, "intermediate_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 64}
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    text = {
+        **COMMON, **QWEN, **WIDE, **linear, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 64,
+        "num_hidden_layers": 4,
+    }  # fmt: skip
+    config = CONFIG_MAPPING["qwen3_5_moe"](text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    out = moefactor.compress(str(tmp_path / "m"), "svd", 0.25, tmp_path / "out", rest_bits=8)
+    found = set(numbers(out))
+    assert {"lm_head.weight", "model.language_model.layers.0.mlp.shared_expert.up_proj.weight"} <= found
+    assert not [name for name in found if "visual" in name or "gate.weight" in name]
+    wrapper, told = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert len(packed(wrapper)) == len(packed(load(out))) == len(found)
+    assert torch.equal(logits(wrapper.eval()), logits(load(out)))
 
 
 # -- another choice, bad choices -----------------------------------------------------------------------------------

@@ -115,6 +115,12 @@ def test_two_ranks(made: Callable[[str], Path], name: str) -> None:
     assert_same(folder, tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_rest_in_few_bits(reference_moe: Path, tmp_path: Path, bits: int) -> None:
+    """Numbers again as they are loaded; a tied embedding among them."""
+    assert_same(moefactor.compress(str(reference_moe), "svd", 0.4, tmp_path / "out", rest_bits=bits))
+
+
 @pytest.mark.parametrize("name", ["tight", "few_bits"])
 def test_compiled(made: Callable[[str], Path], name: str) -> None:
     folder = made(name)

@@ -144,7 +144,9 @@ def read_layer(checkpoint: Checkpoint, plan: LayerPlan) -> dict[str, Tensor]:
         return {name.removeprefix(f"{plan.layer.name}."): view[:] for name, view in slices.items()}
 
 
-def unpacked(weights: Iterable[tuple[str, Tensor]], rest: Rest) -> Iterator[tuple[str, Tensor]]:
+def unpacked(
+    weights: Iterable[tuple[str, Tensor]], rest: Rest, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """A folder's stream of weights with what is stored in a few bits outside the experts as numbers again."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights:
@@ -153,7 +155,7 @@ def unpacked(weights: Iterable[tuple[str, Tensor]], rest: Rest) -> Iterator[tupl
             yield name, tensor
             continue
         parts = waiting.setdefault(weight, {})
-        parts[part] = tensor
+        parts[part] = tensor if part == "codes" else tensor.to(dtype)
         if len(parts) == 2:
             yield weight, rest.numbers(weight, **waiting.pop(weight))
     if waiting:

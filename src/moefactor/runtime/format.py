@@ -23,6 +23,8 @@ from ..forms.packing import BITS, values
 from ..plan import FORMAT_VERSION, LayerPlan, Plan
 
 QUANT_METHOD = "moefactor"
+# 2: with `rest`, whose tensors a reader of 1 would miss, and might initialise.
+VERSIONS = (FORMAT_VERSION, 2)
 STUB = "modeling_moefactor"
 STUB_CLASS = "MoefactorForCausalLM"
 
@@ -123,7 +125,9 @@ def checkpoint_config(
         config = _with(config, path, lambda old: False if old is True else 0)
     if plan.standard():
         return json.dumps(smaller(config, plan, fields), indent=2) + "\n"
-    config["quantization_config"] = quantization_config(plan) | ({"rest": rest.to_json()} if rest else {})
+    config["quantization_config"] = quantization_config(plan)
+    if rest:
+        config["quantization_config"] |= {"format_version": VERSIONS[1], "rest": rest.to_json()}
     config["experts_implementation"] = QUANT_METHOD
     if not own_code:
         config["auto_map"] = {auto_class: f"{STUB}.{STUB_CLASS}"}
@@ -201,10 +205,11 @@ def described_layers(config: dict) -> list[LayerPlan]:
 
 
 def _check_version(config: dict) -> None:
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in VERSIONS:
         raise UserError(
             f"This checkpoint has format_version {config.get('format_version')!r}, the installed moefactor reads "
-            f"{FORMAT_VERSION}. Install a version that reads it (made with {config.get('package_version')})."
+            f"{' and '.join(map(str, VERSIONS))}. Install a version that reads it (made with "
+            f"{config.get('package_version')})."
         )
 
 

@@ -139,8 +139,9 @@ def load_weights(
     }
     for values in parameters.values():
         values.fill_(torch.nan)
-    rest = next((c.rest for c in _configs(model)), Rest())
-    load(model, engine.unpacked(_without(ours, weights), rest), target_device)
+    rest = next((config.rest for config in _configs(model)), Rest())
+    dtype = next(iter(parameters.values())).dtype
+    load(model, engine.unpacked(_without(ours, weights), rest, dtype), target_device)
     if lost := [name for name, values in parameters.items() if values.isnan().any()]:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UserError(f"{lost[0]}{more}: what SGLang builds it from is missing in the folder. Download it again.")

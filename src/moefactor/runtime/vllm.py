@@ -127,7 +127,8 @@ class StrictLoader(DefaultModelLoader):
         weights = super().get_all_weights(model_config, model)
         if model_config.quantization != QUANT_METHOD:
             return weights
-        return engine.unpacked(weights, Rest.from_json(model_config.hf_config.quantization_config))
+        rest = Rest.from_json(model_config.hf_config.quantization_config)
+        return engine.unpacked(weights, rest, model_config.dtype)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         if model_config.quantization == QUANT_METHOD:
