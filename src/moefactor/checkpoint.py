@@ -162,6 +162,17 @@ class Checkpoint:
             for handle in handles.values():
                 handle.__exit__(None, None, None)
 
+    def read(self, names: list[str], source: Fp8Source | None = None) -> dict[str, Tensor]:
+        """Tensors as they lie on disk, but for the FP8 that `source` undoes."""
+        scales = [name + SCALE for name in names if source is not None and name + SCALE in self.files]
+        with self.slices(names + scales) as slices:
+            tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
+        if source is not None:
+            for name in scales:
+                weight = name.removesuffix(SCALE)
+                tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
+        return tensors
+
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors are the same, read a part at a time."""
         with self.slices([first, second]) as slices:
@@ -430,14 +441,7 @@ class CheckpointWriter:
         self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Callable,
         checked: Container[str] | None,
     ) -> None:  # fmt: skip
-        scales = [name + SCALE for name in names if source is not None and name + SCALE in checkpoint.files]
-        with checkpoint.slices(names + scales) as slices:
-            tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
-        if source is not None:
-            for name in scales:
-                weight = name.removesuffix(SCALE)
-                tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
-        tensors = {name: change(name, tensor) for name, tensor in tensors.items()}
+        tensors = {name: change(name, tensor) for name, tensor in checkpoint.read(names, source).items()}
         numbers = {n: t for n, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize > 1}
         check_finite(checkpoint.folder.name, {n: t for n, t in numbers.items() if checked is None or n in checked})
         self.add(tensors)
