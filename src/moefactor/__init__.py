@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from .healing import heal
     from .inspection import inspect
     from .methods import METHODS
+    from .quantisation import export_quantised
 
 __all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate", "export_dense", "export_gguf",
-           "heal", "inspect"]  # fmt: skip
+           "export_quantised", "heal", "inspect"]  # fmt: skip
 
 _HOME = {
     "METHODS": "methods", "Contender": "comparison", "compare": "comparison", "compress": "compression",
-    "evaluate": "evaluation", "export_dense": "export", "export_gguf": "export", "heal": "healing",
-    "inspect": "inspection",
+    "evaluate": "evaluation", "export_dense": "export", "export_gguf": "export",
+    "export_quantised": "quantisation", "heal": "healing", "inspect": "inspection",
 }  # fmt: skip
 
 

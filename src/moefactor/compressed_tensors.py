@@ -75,22 +75,24 @@ class Scheme:
 
         Raises UserError where nothing divides them; `what` are these matrices.
         """
-        if self.kind == "float" and group_size is not None:
-            raise UserError(f"{self.name} says itself what shares a scale; leave --group-size out.")
+        if group_size is not None and (self.kind == "float" or group_size not in GROUP_SIZES):
+            raise UserError(
+                f"--group-size {group_size}: {self.name} says itself what shares a scale; leave it out."
+                if self.kind == "float"
+                else f"--group-size {group_size}: one of {', '.join(map(str, GROUP_SIZES))}."
+            )
         found = sorted(set(shapes))
-        sizes = [replace(self, group_size=size) for size in GROUP_SIZES] if self.kind == "int" else []
-        fitting = [scheme for scheme in sizes or [self] if all(map(scheme.divides, found))]
-        if group_size is None and fitting:
-            return fitting[0]
-        asked = replace(self, group_size=group_size or self.group_size)
-        if all(map(asked.divides, found)):
-            return asked
-        instead = f"--group-size {' or '.join(str(s.group_size) for s in fitting)} does; " if fitting and sizes else ""
-        shared = f"blocks of {self.block}" if self.block else f"groups of {group_size or sizes and GROUP_SIZES}"
+        every = [replace(self, group_size=size) for size in GROUP_SIZES] if self.kind == "int" else [self]
+        fitting = [scheme for scheme in every if all(map(scheme.divides, found))]
+        wanted = [scheme for scheme in fitting if group_size in (None, scheme.group_size)]
+        if wanted:
+            return wanted[0]
+        said = self.block or group_size or self.group_size
+        instead = f"--group-size {' or '.join(str(s.group_size) for s in fitting)} does. " if fitting else ""
         raise UserError(
-            f"{what}: matrices of {' and '.join(f'{r} × {c}' for r, c in found)} don't divide into {self.name}'s "
-            f"{shared}. {instead}FP8_DYNAMIC takes any; --width-multiple gives a compressed model's experts "
-            "widths that divide."
+            f"{what}: {' and '.join(f'{rows} × {columns}' for rows, columns in found)} weights don't divide into "
+            f"{self.name}'s {'blocks' if self.block else 'groups'} of {said}. {instead}FP8_DYNAMIC takes any; a "
+            "compressed model's experts get widths that divide with --width-multiple."
         )
 
     def described(self, targets: list[str]) -> dict[str, Any]:
@@ -216,14 +218,19 @@ def pack(weight: Tensor | Rounded, scheme: Scheme, dtype: torch.dtype, largest: 
     return dict(BaseCompressor.get_value_from_registry(scheme.format).compress(tensors, library))
 
 
-def unpack(tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     """The matrix (rows, columns) that `pack`'s tensors stand for, in float32."""
     need_library()
     from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-    # In the scale's dtype, which for sixteen bits would round the product once more.
-    wide = {n: t.float() if n == "weight_scale" and scheme.scale_dtype is None else t for n, t in tensors.items()}
-    return BaseCompressor.get_value_from_registry(scheme.format).decompress(wide, _library_scheme(scheme))["weight"].float()
+    library = _library_scheme(scheme)
+    stored = dict(tensors)
+    if scheme.scale_dtype is None:  # or the product would be rounded to the scale's sixteen bits
+        stored["weight_scale"] = stored["weight_scale"].float()
+    if scheme.block:  # which the library guesses from shapes
+        return dequantize(stored["weight"], stored["weight_scale"], args=library.weights)
+    return BaseCompressor.get_value_from_registry(scheme.format).decompress(stored, library)["weight"].float()
 
 
 def _spread(values: Tensor, by: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -258,7 +265,7 @@ def _nearest(
 
 
 def _cells(weight: Tensor, scheme: Scheme) -> Tensor:
-    """(rows, columns) -> (rows of scales, columns of scales, the weights that share one); zeros fill up the last ones."""
+    """(rows, columns) -> (rows of scales, columns of scales, weights that share one); zeros fill up the last ones."""
     rows, columns = scheme.block or (1, scheme.group_size or weight.shape[1])
     padded = nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
     cells = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
@@ -270,6 +277,25 @@ def _library_scheme(scheme: Scheme) -> QuantizationScheme:
     from compressed_tensors.quantization import QuantizationScheme
 
     return QuantizationScheme.model_validate(scheme.described(["Linear"]))
+
+
+def check_loads(name: str, described: object) -> None:
+    """Raises UserError for a quantization_config whose experts transformers does not read.
+
+    Up to 5.24 it decompresses them from a weight, a scale and a shape: NVFP4's second scale is left out without a word,
+    and experts are thousands of times too large; zero points and blocks end in an error.
+    """
+    if not isinstance(described, dict) or described.get("quant_method") != "compressed-tensors":
+        return
+    need_library()
+    weights = [group.get("weights") or {} for group in described.get("config_groups", {}).values()]
+    unread = {"tensor_group": "NVFP4's second scale", "asymmetric": "zero points", "block": "blocks"}
+    found = [str(w.get("strategy")) if w.get("symmetric", True) else "asymmetric" for w in weights]
+    for what in [unread[strategy] for strategy in found if strategy in unread]:
+        raise UserError(
+            f"{name}: transformers does not read {what} of experts; vLLM and SGLang do. For transformers, export to "
+            "W4A16, W8A16, FP8_DYNAMIC or MXFP4A16."
+        )
 
 
 def need_library() -> None:

@@ -87,8 +87,8 @@ def _refuse_factorised(name: str) -> None:
     described = read_fields(resolve(name)).get("quantization_config") or {}
     if described.get("quant_method") == QUANT_METHOD:
         raise UserError(
-            f"{name}: its experts are factors, which compressed-tensors has no place for. Compress with --bits to store "
-            "factors in fewer bits. What is quantised here is an ordinary MoE: a dense original, or a result of "
+            f"{name}: its experts are factors, which compressed-tensors has no place for. Compress with --bits to "
+            "store factors in fewer bits. What is quantised here is an ordinary MoE: a dense original, or a result of "
             "--form standard, reap, channels --widths model."
         )
 
@@ -119,7 +119,9 @@ def _groups(model: StreamedModel, scheme: Scheme, rest: Scheme | None, group_siz
     groups = {"experts": (chosen, experts)}
     if rest is not None:
         if rest.kind == "int":
-            rest = replace(rest, group_size=chosen.group_size if chosen.kind == "int" else group_size or rest.group_size)
+            rest = replace(
+                rest, group_size=chosen.group_size if chosen.kind == "int" else group_size or rest.group_size
+            )
         # What an engine fuses is quantised together or not at all.
         taken = [n for names in others.values() if all(_takes(rest, shapes[n]) for n in names) for n in names]
         if taken:
