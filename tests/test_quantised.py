@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,55 +19,12 @@ pytest.importorskip("compressed_tensors", reason="pip install 'moefactor[quant]'
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 
+from decompressed import described, group_of, on_disk, rebuilt
+
 WIDE = {
     "hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
-
-
-def on_disk(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def described(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def group_of(module: str, config: dict) -> dict | None:
-    """As engines match a module with the patterns of config.json, by the library's own rule."""
-    for group in config["config_groups"].values():
-        if any(re.match(target.removeprefix("re:"), module) for target in group["targets"]):
-            ignored = any(re.match(pattern.removeprefix("re:"), module) for pattern in config["ignore"])
-            return None if ignored else group
-    return None
-
-
-def rebuilt(folder: Path, out: Path) -> Path:
-    """An independent reader: every packed matrix decompressed by the library, by config.json alone, in float32."""
-    config, stored = described(folder), on_disk(folder)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in stored.items():
-        module, _, leaf = name.rpartition(".")
-        modules.setdefault(module, {})[leaf] = tensor
-    plain: dict[str, Tensor] = {}
-    for module, tensors in modules.items():
-        group = group_of(module, config)
-        if group and "weight_scale" in tensors:
-            compressor = BaseCompressor.get_value_from_registry(group["format"])
-            scheme = QuantizationScheme.model_validate(group)
-            if tensors["weight_scale"].dtype == torch.bfloat16:
-                tensors["weight_scale"] = tensors["weight_scale"].float()
-            plain |= {f"{module}.bias": tensors.pop("bias") for _ in range("bias" in tensors)}
-            tensors = {"weight": compressor.decompress(tensors, scheme)["weight"].float()}
-        assert not {*tensors} & {"weight_packed", "weight_scale"}, module
-        plain |= {f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()}
-    with CheckpointWriter(out) as writer:
-        writer.add(plain)
-        writer.companions(folder)
-        content = json.loads((folder / "config.json").read_text())
-        content.pop("quantization_config")
-        writer.text("config.json", json.dumps(content))
-    return out
 
 
 @torch.no_grad()
