@@ -21,7 +21,7 @@ from .errors import UserError, unknown
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-GROUP_SIZES = (128, 64, 32, 16)  # the first that divides every row is taken; 16 no kernel of vLLM's for GPUs reads
+GROUP_SIZES = (128, 64, 32, 16)  # the first that divides every row is taken; vLLM's Marlin does not take 16
 # Of a group's largest weight: where codes are few, cutting it off pays for finer steps.
 CLIPS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
