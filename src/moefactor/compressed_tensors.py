@@ -1,4 +1,4 @@
-"""compressed-tensors' formats: what llm-compressor writes, and vLLM, SGLang and transformers read by themselves.
+"""compressed-tensors' formats: what llm-compressor writes, and vLLM and transformers read by themselves.
 
 Codes, packing and names are the library's own, so that a folder is what its readers expect; scales are chosen here.
 It is imported when something is written: the tables take no library.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 GROUP_SIZES = (128, 64, 32, 16)  # the first that divides every row is taken; vLLM's Marlin does not take 16
 # Of a group's largest weight: where codes are few, cutting it off pays for finer steps.
 CLIPS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+CACHED = 1 << 16  # weights at a time, so that what is worked out stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -242,24 +243,32 @@ def _nearest(
     weight: Tensor, scheme: Scheme, dtype: torch.dtype, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scales and zero points with the least squared error, among CLIPS for each."""
+    cells = _cells(weight, scheme)
+    parts = cells.flatten(0, 1).split(max(1, CACHED // cells.shape[2]))
+    scales, zeros = zip(*(_nearest_of(part, scheme, dtype, global_scale) for part in parts), strict=True)
+    return torch.cat(scales).view(cells.shape[:2]), torch.cat(zeros).view(cells.shape[:2])
+
+
+def _nearest_of(
+    cells: Tensor, scheme: Scheme, dtype: torch.dtype, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(n, weights that share a scale) -> n scales and zero points."""
     from compressed_tensors.quantization import QuantizationStrategy
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
     args: Any = _library_scheme(scheme).weights
     by_row = args.model_copy(update={"strategy": QuantizationStrategy.CHANNEL, "group_size": None})
-    cells = _cells(weight, scheme)
-    low, high = cells.aminmax(dim=-1)
+    low, high = cells.aminmax(dim=1)
     found: list[Tensor] = []
     for clip in CLIPS if scheme.bits < 8 else (1.0,):
         scale, zero = calculate_qparams(low * clip, high * clip, args, global_scale=global_scale)
         scale = scale if scheme.scale_dtype else scale.to(dtype)
         rounded = fake_quantize(
-            cells.flatten(0, 1), scale.float().view(-1, 1), zero.view(-1, 1), by_row, global_scale=global_scale
-        )
-        error = (cells - rounded.view_as(cells)).square().sum(-1)
-        new = [error, scale, zero]
-        better = error < found[0] if found else torch.ones_like(error, dtype=torch.bool)
+            cells, scale.float().unsqueeze(1), zero.unsqueeze(1), by_row, global_scale=global_scale
+        )  # fmt: skip
+        new = [(cells - rounded).square().sum(1), scale, zero]
+        better = new[0] < found[0] if found else torch.ones_like(low, dtype=torch.bool)
         found = [torch.where(better, n, o) for n, o in zip(new, found or new, strict=True)]
     return found[1], found[2]
 
@@ -293,8 +302,8 @@ def check_loads(name: str, described: object) -> None:
     found = [str(w.get("strategy")) if w.get("symmetric", True) else "asymmetric" for w in weights]
     for what in [unread[strategy] for strategy in found if strategy in unread]:
         raise UserError(
-            f"{name}: transformers does not read {what} of experts; vLLM and SGLang do. For transformers, export to "
-            "W4A16, W8A16, FP8_DYNAMIC or MXFP4A16."
+            f"{name}: transformers does not read {what} of experts; vLLM does. For transformers, export to W4A16, "
+            "W8A16, FP8_DYNAMIC or MXFP4A16."
         )
 
 

@@ -20,6 +20,7 @@ from .compressed_tensors import Rounding, Scheme, need_library, pack, quantizati
 from .discover import read_fields
 from .errors import UserError
 from .experts import check_finite
+from .fp8 import SCALE
 from .progress import Progress, Steps, silent
 from .runtime.format import QUANT_METHOD
 from .streaming import StreamedModel
@@ -40,8 +41,8 @@ def export_quantised(
         scheme: of the experts, by its name in compressed_tensors.SCHEMES, or another name for one ("int4").
         group_size: weights of a row that share a scale; by default the most, up to 128, that divides every row.
         rest_bits: 16, 8 or 4, of the other linear layers: attention, shared experts, dense MLPs.
-        rounding: for the name on disk and the weights (rows, columns) of a matrix gives what is stored: integers, or
-            weights to round to nearest. By default the weights themselves.
+        rounding: for the name on disk and the weights (rows, columns) of a matrix gives what is stored: integers, for
+            which `group_size` is better given, or weights to round to nearest. By default the weights themselves.
 
     Raises:
         UserError: the model is factorised or quantised already, has experts in one tensor, or groups don't divide it.
@@ -101,6 +102,8 @@ def _groups(model: StreamedModel, scheme: Scheme, rest: Scheme | None, group_siz
     linear = {f"{path}.weight" for path, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     experts, others = list[str](), dict[str, list[str]]()
     for disk, found in model.reader.targets.items():
+        if model.reader.source and disk.endswith(SCALE):
+            continue  # of FP8, which reading undoes
         if any(target.startswith(places) for target in found):
             experts.append(disk)
         elif len(found) == 1 and found[0] in linear - routers and found[0].startswith(layers):
