@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,15 +154,16 @@ def test_rounding_of_ones_own(tiny_model: Callable[..., Path], tmp_path: Path) -
         asked.append(name)
         if "down_proj" in name:
             return weight / 2
-        scale = weight.view(len(weight), -1, 64).abs().amax(2) / 7
-        return Rounded((weight / scale).round(), scale)
+        scale = weight.view(len(weight), -1, 32).abs().amax(2) / 7
+        return Rounded((weight / scale.repeat_interleave(32, 1)).round(), scale)
 
-    out = moefactor.export_quantised(str(source), tmp_path / "out", "W4A16", rounding=halves)
+    scheme = replace(SCHEMES["W4A16"], group_size=32)
+    out = moefactor.export_quantised(str(source), tmp_path / "out", scheme, rounding=halves)
     dense, read = on_disk(source), on_disk(rebuilt(out, tmp_path / "rebuilt"))
     assert sorted(asked) == sorted(name for name in dense if ".experts." in name)
     name = "model.layers.1.mlp.experts.3.{}_proj.weight"
     assert (read[name.format("down")] - dense[name.format("down")] / 2).norm() < 0.1 * dense[name.format("down")].norm()
-    scale = dense[name.format("up")].abs().amax(1, keepdim=True) / 7
+    scale = (dense[name.format("up")].view(64, 2, 32).abs().amax(2) / 7).repeat_interleave(32, 1)
     assert torch.allclose(read[name.format("up")], (dense[name.format("up")] / scale).round() * scale)
 
 

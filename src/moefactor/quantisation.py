@@ -26,6 +26,7 @@ from .runtime.format import QUANT_METHOD
 from .streaming import StreamedModel
 
 ONE_EXPERT = re.compile(r"\.\d+\.[^.]+\.weight$")  # an expert's matrix by itself
+LAYER = re.compile(r".*?\.\d+\.")  # up to its number
 NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)")  # between escaped dots
 ROWS = 32  # that packed kernels take a multiple of
 Groups = dict[str, tuple[Scheme, list[str]]]  # `experts` and `rest` -> how, and which tensors on disk
@@ -50,6 +51,8 @@ def export_quantised(
     output = Path(output).expanduser()
     refuse_existing(output)
     chosen = scheme_of(scheme) if isinstance(scheme, str) else scheme
+    if isinstance(scheme, Scheme) and scheme.kind == "int":
+        group_size = group_size or scheme.group_size
     rest = rest_of(chosen, rest_bits)
     need_library()
     _refuse_factorised(name)
@@ -66,10 +69,10 @@ def export_quantised(
         for steps.detail, names in fused.items():
             weights = checkpoint.read(names, source)
             check_finite(checkpoint.folder.name, weights)
-            largest = max(weight.abs().max().item() for weight in weights.values())
-            for disk, weight in weights.items():
-                rounded = rounding(disk, weight) if rounding else weight
-                stored = pack(rounded, schemes[disk], weight.dtype, largest)
+            given = {disk: rounding(disk, weight) if rounding else weight for disk, weight in weights.items()}
+            largest = max((w.abs().max().item() for w in given.values() if isinstance(w, Tensor)), default=0.0)
+            for disk, weight in given.items():
+                stored = pack(weight, schemes[disk], weights[disk].dtype, largest)
                 ready |= {f"{disk.rpartition('.')[0]}.{key}": tensor for key, tensor in stored.items()}
             if sum(tensor.nbytes for tensor in ready.values()) > COPY_LIMIT:
                 writer.add(ready)
@@ -140,7 +143,7 @@ def _pattern(model: StreamedModel, module: str) -> str:
     """A module's name in any decoder layer, from the list of these on; engines have other names before it."""
     owner = model.decoder_layers[0].rpartition(".")[0].rpartition(".")[2]
     _, found, behind = module.partition(f"{owner}.")
-    return r".*\." + NUMBER.sub(r"\\d+", re.escape(f"{owner}.{behind}" if found else module))
+    return r"(.*\.)?" + NUMBER.sub(r"\\d+", re.escape(f"{owner}.{behind}" if found else module))
 
 
 def _config(model: StreamedModel, groups: Groups) -> dict[str, Any]:
@@ -158,9 +161,9 @@ def _config(model: StreamedModel, groups: Groups) -> dict[str, Any]:
         described[group] = scheme, sorted(f"re:{pattern}" for pattern in patterns)
     every = re.compile("|".join(pattern.removeprefix("re:") for _, found in described.values() for pattern in found))
     unplaced = {disk.rpartition(".")[0] for disk in model.reader.checkpoint.files if disk not in targets}
-    prediction = {re.split(r"(?<=\.\d)\.|(?<=\.\d\d)\.|(?<=\.\d\d\d)\.", m)[0] for m in unplaced if every.fullmatch(m)}
+    prediction = {layer[0] for module in unplaced if every.fullmatch(module) and (layer := LAYER.match(module))}
     config = json.loads((model.folder / "config.json").read_text())
     config["model_type"] = model.config.model_type  # as it was read
     config.pop("transformers_weights", None)  # the file that it names is not there any more
-    ignore = ["lm_head", *(f"re:.*{re.escape(layer)}\\..*" for layer in sorted(prediction))]
+    ignore = ["lm_head", *(f"re:.*{re.escape(layer)}.*" for layer in sorted(prediction))]
     return config | {"quantization_config": quantization_config(described, ignore)}
