@@ -48,7 +48,7 @@ fi
 
 if [[ "$PINS" == floors ]]; then
     # What installing and running takes, from the lines of pyproject.toml that say "name>=version"; not the tests' tools.
-    PINS=$(sed -n '/^dependencies/,/^cli/p; /^serve/p' pyproject.toml | grep -o '"[a-z-]*>=[0-9.]*' | tr -d '"' | grep -v '^torch' |
+    PINS=$(sed -n '/^dependencies/,/^cli/p; /^quant/p; /^serve/p' pyproject.toml | grep -o '"[a-z-]*>=[0-9.]*' | tr -d '"' | grep -v '^torch' |
         sed 's/>=/==/' | tr '\n' ' ')
 fi
 read -ra pins <<<"$PINS"

@@ -20,16 +20,17 @@ NOUNS = {
 MATHS = {"fitting", "methods"}
 VERBS = {
     "inspection", "calibrate", "planning", "factorise", "write", "stages", "compression", "comparison", "evaluation",
-    "generate", "healing", "export", "chat", "contrast",
+    "generate", "healing", "export", "quantisation", "chat", "contrast",
 }  # fmt: skip
 DOORS = {
     "files", "checkpoint", "discover", "streaming", "observing", "loading", "text", "run_folder", "identity", "runtime",
-    "cli", "fp8", "models", "compat", "fields", "prediction", "llama_cpp", "serving", "ordinary", "rest", "baseline",
+    "cli", "fp8", "models", "compat", "fields", "prediction", "llama_cpp", "compressed_tensors", "serving", "ordinary",
+    "rest", "baseline",
     "__main__",
 }  # fmt: skip
 BEHIND_DOORS = {
     "transformers", "safetensors", "datasets", "accelerate", "huggingface_hub", "filelock", "typer", "rich", "vllm",
-    "sglang",
+    "sglang", "compressed_tensors",
 }  # fmt: skip
 ONLY_IN_CLI = {"typer", "rich"}
 # Verb -> the verbs that it may import, and why.

@@ -294,6 +294,29 @@ def test_standard_from_fp8(sources: Callable[[str], Path], text_file: Path, tmp_
     assert torch.isfinite(logits(load(out))).all()
 
 
+@pytest.mark.parametrize("model", ["DeepSeek-V3", "Kimi-K2"])
+def test_quantised_from_fp8(sources: Callable[[str], Path], tmp_path: Path, model: str) -> None:
+    """A source's blocks are undone before its experts get scales of their own; the prediction layer stays plain."""
+    pytest.importorskip("compressed_tensors", reason="pip install 'moefactor[quant]'")
+    source = sources(model)
+    out = moefactor.export_quantised(str(source), tmp_path / "out", "fp8")
+    published, stored = on_disk(source), on_disk(out)
+    assert not [n for n in stored if n.endswith("_scale_inv")]
+    name = "model.layers.{}.mlp.experts.5.down_proj.weight"
+    for layer in (2, 3):
+        plain = by_hand(published[name.format(layer)], published[name.format(layer) + "_scale_inv"]).float()
+        found = stored[name.format(layer)].float()
+        if layer == 2:
+            found *= stored[name.format(2) + "_scale"].float()
+        assert (found - plain).norm() < (0.04 if layer == 2 else 1e-6) * plain.norm()
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "deepseek_v3"
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert any("layers\\.3" in pattern for pattern in config["quantization_config"]["ignore"])
+    expected = logits(load_dense(source))
+    assert (logits(load(out)) - expected).norm() < 0.3 * expected.norm()
+
+
 def test_dropping_from_kimi_k2(sources: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
     """transformers has no `kimi_k2`: a standard checkpoint must name the architecture that it has."""
     out = moefactor.compress(

@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from .healing import heal
     from .inspection import inspect
     from .methods import METHODS
+    from .quantisation import export_quantised
 
-__all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate",
-           "evaluate_against", "export_dense", "export_gguf", "heal", "inspect"]  # fmt: skip
+__all__ = ["METHODS", "Contender", "UserError", "compare", "compress", "evaluate", "evaluate_against", "export_dense",
+           "export_gguf", "export_quantised", "heal", "inspect"]  # fmt: skip
 
 _HOME = {
     "METHODS": "methods", "Contender": "comparison", "compare": "comparison", "compress": "compression",
     "evaluate": "evaluation", "evaluate_against": "contrast", "export_dense": "export", "export_gguf": "export",
-    "heal": "healing", "inspect": "inspection",
+    "export_quantised": "quantisation", "heal": "healing", "inspect": "inspection",
 }  # fmt: skip
 
 

@@ -163,6 +163,17 @@ class Checkpoint:
             for handle in handles.values():
                 handle.__exit__(None, None, None)
 
+    def read(self, names: list[str], source: Fp8Source | None = None) -> dict[str, Tensor]:
+        """Tensors as they lie on disk, but for the FP8 that `source` undoes."""
+        scales = [name + SCALE for name in names if source is not None and name + SCALE in self.files]
+        with self.slices(names + scales) as slices:
+            tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
+        if source is not None:
+            for name in scales:
+                weight = name.removesuffix(SCALE)
+                tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
+        return tensors
+
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors are the same, read a part at a time."""
         with self.slices([first, second]) as slices:
@@ -446,14 +457,8 @@ class CheckpointWriter:
         self, checkpoint: Checkpoint, names: list[str], source: Fp8Source | None, change: Change,
         checked: Container[str] | None,
     ) -> None:  # fmt: skip
-        scales = [name + SCALE for name in names if source is not None and name + SCALE in checkpoint.files]
-        with checkpoint.slices(names + scales) as slices:
-            tensors = {name: view[:] if view.get_shape() else view[...] for name, view in slices.items()}
-        if source is not None:
-            for name in scales:
-                weight = name.removesuffix(SCALE)
-                tensors[weight] = dequantise(tensors[weight], tensors.pop(name), source.block, torch.bfloat16)
         written: dict[str, Tensor] = {}
+        tensors = checkpoint.read(names, source)
         for name in list(tensors):
             made = change(name, tensors.pop(name))
             if checked is None or name in checked:

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from .checkpoint import quiet, resolve
+from .compressed_tensors import check_loads
 from .discover import auto_class, own_model, read_config, running_own_code
 
 Model = PreTrainedModel  # what verbs, which do not import transformers, call it
@@ -20,6 +21,7 @@ def load(
     wanted of it, and for a setting that it finds odd transformers loads no model at all."""
     folder = resolve(name)
     config = read_config(folder, name, trust_remote_code)
+    check_loads(name, getattr(config, "quantization_config", None))
     own = own_model(config, name, trust_remote_code)
     # Straight to a GPU takes accelerate; without it, by way of the host's memory.
     direct = {"device_map": str(device)} if is_accelerate_available() else {}

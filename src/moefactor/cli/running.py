@@ -20,6 +20,7 @@ from ..files import locked
 from ..healing import LABELS, Trained
 from ..healing import heal as heal_verb
 from ..plan import Plan
+from ..quantisation import export_quantised
 from ..run_folder import RunFolder
 from ..size import Size
 from ..stages import Recipe, Run, planned_recipe
@@ -233,9 +234,24 @@ def compare(
 def export(
     model: Model,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="With --dense: folder to write; must not exist.")
+        Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist. Not with --gguf.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="An ordinary MoE checkpoint, every expert rebuilt.")] = False,
+    quantised: Annotated[
+        str | None,
+        typer.Option(help="An ordinary MoE with experts in W4A16 (int4), W8A16 (int8), FP8_DYNAMIC, MXFP4A16 ..."),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Of --quantised: weights that share a scale.", show_default="the most, up to 128, that divides rows",
+            min=1,
+        ),
+    ] = None,
+    rest_bits: Annotated[
+        int | None,
+        typer.Option(help="Of --quantised: 16, 8 or 4, of attention and shared experts.", show_default="16"),
+    ] = None,
     gguf: Annotated[Path | None, typer.Option(help="A file for llama.cpp, by its own converter.")] = None,
     quant: Annotated[
         str | None,
@@ -249,23 +265,42 @@ def export(
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:  # fmt: skip
-    """For engines that know nothing of moefactor: an ordinary MoE checkpoint again, or a GGUF."""
-    if dense == bool(gguf):
-        raise UserError("Say what to export to: --dense -o FOLDER rebuilds every expert, --gguf FILE is for llama.cpp.")
-    of_gguf = {"--quant": quant, "--llama-cpp": llama_cpp, "--pre-tokenizer": pre_tokenizer}
-    if dense and (given := next((option for option, value in of_gguf.items() if value), None)):
-        raise UserError(f"{given} goes with --gguf.")
-    if dense != bool(output):
-        raise UserError("--dense takes -o, the folder to write." if dense else "-o goes with --dense; --gguf has FILE.")
+    """For engines that know nothing of moefactor: an ordinary MoE checkpoint again, one quantised, or a GGUF."""
+    kinds = {"--dense": dense, "--quantised": quantised, "--gguf": gguf}
+    chosen = [option for option, value in kinds.items() if value]
+    if len(chosen) != 1:
+        raise UserError(
+            "Say what to export to: --dense -o FOLDER rebuilds every expert, --quantised int4 -o FOLDER stores an "
+            "ordinary MoE in fewer bits, --gguf FILE is for llama.cpp."
+        )
+    parts = {
+        "--quant": (quant, "--gguf"), "--llama-cpp": (llama_cpp, "--gguf"),
+        "--pre-tokenizer": (pre_tokenizer, "--gguf"), "--group-size": (group_size, "--quantised"),
+        "--rest-bits": (rest_bits, "--quantised"),
+    }  # fmt: skip
+    for option, (value, kind) in parts.items():
+        if value is not None and kind != chosen[0]:
+            raise UserError(f"{option} goes with {kind}.")
+    if bool(output) == bool(gguf):
+        raise UserError(
+            "-o goes with --dense and --quantised; --gguf has FILE."
+            if gguf
+            else f"{chosen[0]} takes -o, the folder to write."
+        )
     with Bars() as bars:
         if gguf:
             export_gguf(
                 model, gguf, quant=quant, llama_cpp=llama_cpp, pre_tokenizer=pre_tokenizer,
                 trust_remote_code=trust_remote_code, progress=bars,
             )  # fmt: skip
+        elif quantised and output:
+            export_quantised(
+                model, output, quantised, group_size=group_size, rest_bits=16 if rest_bits is None else rest_bits,
+                trust_remote_code=trust_remote_code, progress=bars,
+            )  # fmt: skip
         elif output:
             export_dense(model, output, trust_remote_code=trust_remote_code, progress=bars)
-    say(f"Wrote {gguf}." if gguf else f"Wrote {output}, of the original's size and layout.")
+    say(f"Wrote {gguf or output}" + (", of the original's size and layout." if dense else "."))
 
 
 def show_coverage(rows: list[Coverage]) -> None:
