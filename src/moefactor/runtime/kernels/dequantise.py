@@ -43,7 +43,8 @@ class Dequantiser:
             scale = scale.to(dtype) / 2
         whole = self.columns // self.group
         out[:, : whole * self.group].unflatten(1, (whole, self.group)).mul_(scale[:, :whole].unsqueeze(2))
-        out[:, whole * self.group :].mul_(scale[:, whole:])
+        if whole * self.group < self.columns:
+            out[:, whole * self.group :].mul_(scale[:, whole:])
         return out
 
     def _doubled(self, codes: Tensor, bits: int) -> Tensor:

@@ -27,8 +27,6 @@ from .dense import RaggedKernel
 from .dequantise import Dequantiser
 from .setting import Setting
 
-FEW = 8  # rows an expert: fewer of 16 bits are multiplied faster once they are float32
-
 
 class QuantisedKernel(Kernel[Quantised]):
     """Every tensor dequantised whole, once a call."""
@@ -214,8 +212,8 @@ class RowsByPair(PackedRowsKernel):
 def _own(rows: Tensor, routing: Routing, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(expert, its rows in the type that its product is done in) of each expert that has rows."""
     for expert, (start, end) in enumerate(routing.bounds):
-        if end > start:
-            yield expert, rows[start:end].to(torch.float32 if end - start < FEW and dtype.itemsize < 4 else dtype)
+        if end > start:  # one row of 16 bits is multiplied faster once it is float32
+            yield expert, rows[start:end].to(torch.float32 if end - start == 1 else dtype)
 
 
 def _around_rows(kernel: Kernel, rows: PackedRowsKernel) -> Kernel:
