@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from moefactor.export import export_dense
 from moefactor.fitting.rounding import round_to_nearest
 from moefactor.forms.packing import values
 from moefactor.healing import heal
-from moefactor.rest import GROUP, rest_bytes, rest_tensors
+from moefactor.rest import GROUP, packing, rest_bytes, rest_tensors
 from moefactor.runtime.engine import unpacked
 from moefactor.runtime.format import Rest
 from moefactor.runtime.linear import PART, QuantisedEmbedding, QuantisedLinear
@@ -99,6 +100,16 @@ def test_empty_groups_and_scales_in_bfloat16() -> None:
     assert not found[3, :64].any()
     # Half a step of the code, and half of what bfloat16 has left of such a number.
     assert ((found - weight).abs() <= scale.repeat_interleave(GROUP, 1) * 0.51 + weight.abs() * 2**-8).all()
+
+
+def test_large_tensors_are_rounded_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(reader=SimpleNamespace(checkpoint=SimpleNamespace(folder=Path("model"))))
+    weight = torch.randn(100, 96)
+    whole = packing(model, {"w": 4})("w", weight)
+    monkeypatch.setattr("moefactor.rest.PART", 7 * 96)
+    parts = packing(model, {"w": 4})("w", weight)
+    assert whole.keys() == parts.keys() == {"w_codes", "w_scale"}
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 # -- folders -------------------------------------------------------------------------------------------------------
