@@ -37,7 +37,7 @@ ONLY_IN_CLI = {"typer", "rich"}
 ALLOWED = {
     "stages": {"calibrate", "planning", "factorise", "write"},  # it is the one that puts them in order
     "factorise": {"calibrate"},  # what the text is
-    "compression": {"stages", "healing"},
+    "compression": {"stages", "healing", "quantisation"},
     "contrast": {"evaluation"},
     "comparison": {"stages", "evaluation", "contrast"},
 }

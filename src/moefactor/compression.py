@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from .errors import UserError
 from .files import locked
 from .healing import heal as distil
 from .progress import Progress, silent
+from .quantisation import export_quantised
 from .run_folder import RunFolder
 from .size import Size
 from .stages import Recipe, Run
 from .streaming import StreamedModel, default_device
 from .text import with_own
+
+ORDINARY = {4: "W4A16", 8: "W8A16"}  # bits -> what compressed-tensors calls them
 
 
 def compress(
@@ -99,13 +103,17 @@ def compress(
     places = output.resolve(), folder.folder.resolve()
     if places[0] == places[1] or places[0] in places[1].parents:
         raise UserError(f"{folder.folder}: the run folder can't lie in the output, which appears whole or not at all.")
-    if heal and recipe.method.standard(recipe.options):
+    ordinary = recipe.method.standard(recipe.options)
+    if heal and ordinary:
         raise UserError(f"--heal trains factors, and {method} with these options leaves ordinary experts; choose.")
+    scheme = _scheme(recipe) if ordinary else None
+    if scheme:
+        recipe = replace(recipe, rest_bits=16)  # quantising the checkpoint sees to it
     work = Run(streamed, recipe, folder, progress, on_coverage)
     work.check()
     with locked(output.with_name(f".{output.name}.lock"), str(output)), folder.opened(streamed):
         work.text  # noqa: B018 (read now: bad text fails before anything is written)
-        written = folder.folder / "unhealed" if heal else output
+        written = folder.folder / "unhealed" if heal else folder.folder / "unrounded" if scheme else output
         if written != output:
             shutil.rmtree(written, ignore_errors=True)  # written again from the journal, which costs nothing
         work.all(written)
@@ -116,6 +124,25 @@ def compress(
                 trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
             shutil.rmtree(written)
+        elif scheme:
+            export_quantised(
+                str(written), output, scheme, group_size=bits_group, rest_bits=rest_bits,
+                trust_remote_code=trust_remote_code, progress=progress,
+            )  # fmt: skip
+            shutil.rmtree(written)
     if run is None:
         shutil.rmtree(folder.folder)
     return output
+
+
+def _scheme(recipe: Recipe) -> str | None:
+    """The format of an ordinary checkpoint in so many bits; None where nothing is rounded."""
+    bits = None if recipe.size is None else recipe.size.bits
+    if bits is None:
+        return None
+    if bits not in ORDINARY:
+        raise UserError(
+            f"{recipe.method.name} with these options leaves an ordinary checkpoint, for which engines have formats of "
+            f"{' or '.join(map(str, ORDINARY))} bits: give --bits {next(iter(ORDINARY))}."
+        )
+    return ORDINARY[bits]

@@ -259,7 +259,7 @@ class Plan:
 
     def check_budget(self) -> None:
         """Raises UserError when the ranks keep more than the ratio allows (ranks edited by hand)."""
-        if self.budget is not None and self.bits() > self.budget:
+        if self.budget is not None and self.standard() is None and self.bits() > self.budget:
             raise UserError(
                 f"The plan takes {self.bits():,} bits for the experts, its budget is {self.budget:,}. Lower some "
                 'widths, ranks or bits, or raise "budget" in the plan (null for none).'

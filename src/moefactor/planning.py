@@ -64,6 +64,8 @@ def _planned(method: Method, options: dict, priced: list[Any], budget: Budget) -
     """The plan within the budget; what private factors are rounded to is added where the method leaves it to others."""
     if method.rounds(options):
         return method.plan(priced, budget)
+    if budget.storage.rounding and not budget.storage.rounding.bits:
+        raise UserError(f"{method.name}: channels of several precisions are biaxial's; say how many bits, --bits 4.")
     if budget.bits is None:
         return _rounded(method.plan(priced, budget), budget)
     # Such a method counts parameters: the most of them whose bits fit.
@@ -74,7 +76,7 @@ def _planned(method: Method, options: dict, priced: list[Any], budget: Budget) -
         tried = replace(budget, parameters=int(share * total), ratio=1 - share, bits=None)
         with suppress(TooSmall):
             planned = _rounded(method.plan(priced, tried), budget)
-            if sum(entry.bits(budget.storage.of_float) for entry in planned.layers) <= budget.bits:
+            if _bits(planned, budget.storage) <= budget.bits:
                 best, low = planned, share
                 if share == 1:
                     break
@@ -85,6 +87,14 @@ def _planned(method: Method, options: dict, priced: list[Any], budget: Budget) -
     if best is None:
         raise TooSmall(f"{method.name}: nothing it can make fits in {budget.bits / 8e9:.3f} GB of experts; allow more.")
     return best
+
+
+def _bits(planned: Planned, storage: Storage) -> float:
+    """What a plan's experts will take; an ordinary checkpoint is rounded when it is written."""
+    if storage.rounding and all(entry.standard() for entry in planned.layers):
+        each = storage.rounding.bits + storage.of_float / storage.rounding.group
+        return sum(each * entry.parameter_count() for entry in planned.layers)
+    return sum(entry.bits(storage.of_float) for entry in planned.layers)
 
 
 def _rounded(planned: Planned, budget: Budget) -> Planned:
