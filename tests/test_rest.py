@@ -260,7 +260,9 @@ def test_fp8_sources_and_prediction_layers(
     assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())
     model = StreamedModel(str(source))
     ours = tuple(f"{layer.name}." for layer in model.experts)
-    assert rest_bytes(model, 8) == sum(t.numel() * t.element_size() for n, t in found.items() if not n.startswith(ours))
+    kept = {name: t.numel() * t.element_size() for name, t in found.items() if not name.startswith(ours)}
+    assert rest_bytes(model, 8) == sum(kept.values())
+    assert rest_bytes(model, 8, without=extra.keys()) == sum(size for name, size in kept.items() if name not in extra)
 
 
 def test_healing(made: Callable[..., Path], tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Rounded to nearest, in groups of GROUP neighbours along the input axis, when the
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from math import prod
 
 import torch
@@ -120,9 +121,12 @@ def expert_names(layer: ExpertLayer) -> list[str]:
     return [f"{layer.name}.{name}" for name in names + biases]
 
 
-def rest_bytes(model: StreamedModel, bits: int) -> int:
-    """Bytes of the tensors of everything that is not a compressed expert as it is written, from the headers alone."""
-    chosen, gone, total = rest_bits(model, bits), expert_tensors(model), 0
+def rest_bytes(model: StreamedModel, bits: int, without: Set[str] = frozenset()) -> int:
+    """Bytes of the tensors of everything that is not a compressed expert as it is written, from the headers alone.
+
+    without: names on disk of what is left out (layers of multi-token prediction).
+    """
+    chosen, gone, total = rest_bits(model, bits), expert_tensors(model).union(without), 0
     checkpoint = model.reader.checkpoint
     names = [n for n in checkpoint.files if n not in gone and not (model.reader.source and n.endswith(SCALE))]
     with checkpoint.slices(names) as slices:
