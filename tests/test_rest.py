@@ -17,6 +17,7 @@ import moefactor
 from models import IDS, load, logits, on_disk
 from moefactor.checkpoint import INDEX
 from moefactor.errors import UserError
+from moefactor.evaluation import evaluate
 from moefactor.export import export_dense
 from moefactor.fitting.rounding import round_to_nearest
 from moefactor.forms.packing import values
@@ -171,6 +172,13 @@ def test_resident_bytes(dtype: torch.dtype, made: Callable[..., Path]) -> None:
     resident = sum(p.numel() * p.element_size() for n in count for p in packed(model)[n].parameters())
     assert resident == sum(r * c + r * -(-c // GROUP) * dtype.itemsize for r, c in count.values())
     assert logits(model).dtype == dtype
+
+
+def test_numbers_are_counted_not_words(made: Callable[..., Path], text_file: Path) -> None:
+    found = [evaluate(str(made(TIED[0], b, **TIED[1])), [str(text_file)], max_windows=1, window=16) for b in (16, 8)]
+    assert found[0].parameters == found[1].parameters
+    assert found[0].expert_parameters == found[1].expert_parameters
+    assert found[0].resident_bytes > found[1].resident_bytes
 
 
 def test_a_tied_head_is_the_embedding(made: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint, resolve
 from .discover import FusedExperts, is_fused_experts
 from .loading import load
 from .progress import Progress, Steps, silent
+from .runtime.linear import Packed
 from .runtime.module import FactorisedExperts
 from .streaming import checked_device
 from .text import BUILT_IN, Reading, load_tokenizer, model_length, vocabulary_of, windows
@@ -136,12 +137,17 @@ class Subject:
         experts = [m for m in self.model.modules() if isinstance(m, FactorisedExperts) or is_fused_experts(m)]
         of_experts = [p for module in experts for p in module.parameters()]
         expert_parameters = sum(_numbers(module) for module in experts)
-        words = sum(p.numel() for p in of_experts)  # fewer or more than the numbers where these are packed in words
+        # A tied head has its embedding's codes.
+        packed = {id(m.weight_codes): m for m in self.model.modules() if isinstance(m, Packed)}.values()
+        numbers = expert_parameters + sum(m.rows * m.columns for m in packed)
+        of_packed = [p for module in packed for p in (module.weight_codes, module.weight_scale)]
+        # Fewer or more than the numbers that they stand for.
+        words = sum(p.numel() for p in (*of_experts, *of_packed))
         expert_bytes = sum(p.numel() * p.element_size() for p in of_experts)
         planned = _planned(self.folder)
         return Evaluation(
             self.name,
-            parameters=sum(p.numel() for p in self.model.parameters()) - words + expert_parameters,
+            parameters=sum(p.numel() for p in self.model.parameters()) - words + numbers,
             expert_parameters=expert_parameters,
             resident_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
             expert_bytes=expert_bytes,
