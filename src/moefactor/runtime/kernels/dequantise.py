@@ -8,13 +8,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...forms.packing import midpoint, planes
+from ...forms.packing import groups, planes
 
 NUMBERS = 1 << 20  # that are dequantised together; fewer cost calls, more do not stay in the cache
 
 
 class Dequantiser:
-    """Room for NUMBERS, and for their codes on the way.
+    """Room for NUMBERS, and for their codes on the way. Rows are put in, of any precision, and taken together.
 
     Args:
         columns: of every row.
@@ -23,28 +23,43 @@ class Dequantiser:
 
     def __init__(self, columns: int, group: int):
         self.columns, self.group = columns, group
-        self.rows = max(1, NUMBERS // columns)
+        self.rows, self.filled = max(1, NUMBERS // columns), 0
         most = self.rows * (columns + -columns % 32)
         self._first, self._second = torch.empty(2, most, dtype=torch.uint8)
         self._index = torch.empty(most // 4, dtype=torch.int32)
+        self._codes = torch.empty(self.rows, columns, dtype=torch.int8)
+        self._scale = torch.empty(self.rows, groups(columns, group))
         self._numbers = torch.empty(4 * self.rows * columns, dtype=torch.uint8)
+        self._of_8_bits: list[slice] = []
 
-    def __call__(self, codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-        """(n, columns) of a type of at most 32 bits, until the next call.
+    @property
+    def left(self) -> int:
+        """Rows that can still be put in."""
+        return self.rows - self.filled
 
-        codes: (n, words), n at most `rows`.  scale: (n, groups).
-        """
-        out = self._numbers.view(dtype)[: len(codes) * self.columns].view(-1, self.columns)
-        if bits == 8:
-            out.copy_(codes.view(torch.uint8)[:, : self.columns]).sub_(midpoint(8))
-            scale = scale.to(dtype)
+    def put(self, codes: Tensor, scale: Tensor, bits: int) -> None:
+        """codes: (n, words), n at most `left`.  scale: (n, groups)."""
+        at = slice(self.filled, self.filled + len(codes))
+        if bits == 8:  # c − 128, of which 2 c − 255 is made when there is room for it
+            bytes_ = codes.view(torch.uint8)[:, : self.columns]
+            torch.bitwise_xor(bytes_, 128, out=self._codes[at].view(torch.uint8))
+            self._of_8_bits.append(at)
         else:
-            out.copy_(self._doubled(codes, bits))
-            scale = scale.to(dtype) / 2
-        whole = self.columns // self.group
+            self._codes[at].copy_(self._doubled(codes, bits))
+        self._scale[at].copy_(scale)
+        self.filled = at.stop
+
+    def take(self, dtype: torch.dtype) -> Tensor:
+        """(rows put in, columns) as numbers of a type of at most 32 bits, until the next are taken."""
+        out = self._numbers.view(dtype)[: self.filled * self.columns].view(-1, self.columns)
+        out.copy_(self._codes[: self.filled])
+        for at in self._of_8_bits:
+            out[at].mul_(2).add_(1)
+        scale, whole = (self._scale[: self.filled] / 2).to(dtype), self.columns // self.group
         out[:, : whole * self.group].unflatten(1, (whole, self.group)).mul_(scale[:, :whole].unsqueeze(2))
         if whole * self.group < self.columns:
             out[:, whole * self.group :].mul_(scale[:, whole:])
+        self.filled, self._of_8_bits = 0, []
         return out
 
     def _doubled(self, codes: Tensor, bits: int) -> Tensor:

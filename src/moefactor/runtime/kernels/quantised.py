@@ -124,14 +124,14 @@ class RowsByExpert(PackedRowsKernel):
         form, packed, out = self.form, cast(PackedRows, factors["weight"]), []
         room = Dequantiser(form.hidden, self.group)
         for expert, own in _own(rows, routing, packed.dtype):
-            met = []
-            for place, part in enumerate(packed.parts):
-                width = self.widths[place][expert]
-                through = own.new_empty(len(own), form.halves * width)
-                for window, numbers in self._numbers(place, part, expert, room, own.dtype):
-                    torch.mm(own, numbers.T, out=through[:, window])
-                met.append(through.view(len(own), form.halves, width))
-            out.append(self._widen(torch.cat(met, 2).to(packed.dtype), form.widths[expert]))
+            met = own.new_empty(len(own), form.halves * form.widths[expert])
+            for window, numbers in self._numbers(packed, expert, room, own.dtype):
+                torch.mm(own, numbers.T, out=met[:, window])
+            if form.halves > 1:  # part by part -> half by half
+                counts = [form.halves * widths[expert] for widths in self.widths]
+                parts = [part.unflatten(1, (form.halves, -1)) for part in met.split(counts, 1) if part.numel()]
+                met = torch.cat(parts, 2) if parts else met
+            out.append(self._widen(met.to(packed.dtype), form.widths[expert]))
         return torch.cat(out) if out else rows.new_zeros(0, form.width)
 
     def write(self, factors: Factors, activations: Tensor, routing: Routing) -> Tensor:
@@ -139,22 +139,28 @@ class RowsByExpert(PackedRowsKernel):
         room = Dequantiser(form.hidden, self.group)
         for expert, own in _own(activations, routing, packed.dtype):
             total = own.new_zeros(len(own), form.hidden)
-            for place, part in enumerate(packed.parts):
-                of_part = own[:, self.before[place][expert] :]
-                for window, numbers in self._numbers(place, part, expert, room, own.dtype):
-                    total.addmm_(of_part[:, window], numbers)
+            for window, numbers in self._numbers(packed, expert, room, own.dtype):
+                total.addmm_(own[:, window], numbers)
             out.append(total.to(packed.dtype))
         return torch.cat(out) if out else activations.new_zeros(0, form.hidden)
 
     def _numbers(
-        self, place: int, part: Part, expert: int, room: Dequantiser, dtype: torch.dtype
+        self, packed: PackedRows, expert: int, room: Dequantiser, dtype: torch.dtype
     ) -> Iterator[tuple[slice, Tensor]]:
-        """(which of an expert's rows in a part, these as numbers until the next are asked for)."""
-        first, count = self.firsts[place][expert], self.form.halves * self.widths[place][expert]
-        for start in range(0, count, room.rows):
-            stop = min(start + room.rows, count)
-            rows = slice(first + start, first + stop)
-            yield slice(start, stop), room(part.codes[rows], part.scale[rows], part.bits, dtype)
+        """(which of an expert's rows, part after part; these as numbers until the next are asked for)."""
+        done = 0
+        for place, part in enumerate(packed.parts):
+            start = self.firsts[place][expert]
+            end = start + self.form.halves * self.widths[place][expert]
+            while start < end:
+                rows = slice(start, min(start + room.left, end))
+                room.put(part.codes[rows], part.scale[rows], part.bits)
+                start = rows.stop
+                if not room.left:
+                    yield slice(done, done + room.rows), room.take(dtype)
+                    done += room.rows
+        if room.filled:
+            yield slice(done, done + room.filled), room.take(dtype)
 
 
 class RowsByPair(PackedRowsKernel):
