@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -24,7 +25,8 @@ PLENTY = 5.0  # bits a parameter at which hardly a channel goes; what is removed
 
 def make_plan(
     model: StreamedModel, method: Method, options: dict, size: Size, *, run: RunFolder, allocation: str | None = None,
-    rank_multiple: int | None = None, rest_bits: int = 16, seed: int = 0, progress: Progress = silent,
+    rank_multiple: int | None = None, rest_bits: int = 16, without: Set[str] = frozenset(), seed: int = 0,
+    progress: Progress = silent,
 ) -> Plan:  # fmt: skip
     """Reads each layer's weights once (and its statistics, where the method plans by them) and spends the budget.
 
@@ -37,7 +39,7 @@ def make_plan(
         allocation: a rule of allocate.RULES, or None for the method's own.
         rank_multiple: ranks come in multiples of this; None for 8 on wide models and 1 on narrow ones.
     """
-    budget = budget_of(model, size, allocation, rank_multiple, rest_bits)
+    budget = budget_of(model, size, allocation, rank_multiple, rest_bits, without)
     needs = method.needs_to_plan(options, allocation)
     with run.opened(model):
         calibration = run.calibrated_for(model, needs, method.name)
@@ -128,9 +130,10 @@ def _priced(
 
 
 def budget_of(
-    model: StreamedModel, size: Size, allocation: str | None, rank_multiple: int | None, rest_bits: int = 16
-) -> Budget:
-    """The budget that a size leaves. Raises UserError for what is none."""
+    model: StreamedModel, size: Size, allocation: str | None, rank_multiple: int | None, rest_bits: int = 16,
+    without: Set[str] = frozenset(),
+) -> Budget:  # fmt: skip
+    """The budget that a size leaves; `rest_bits` and `without`: see rest.rest_bytes. Raises UserError for what is none."""
     if allocation is not None and allocation not in RULES:
         raise unknown("allocation", allocation, RULES)
     if rank_multiple is not None and rank_multiple < 1:
@@ -143,7 +146,7 @@ def budget_of(
     if size.bpw is not None:
         bits = int(size.bpw * total)
     else:
-        bits = _left_of(model, required(size.target_gb, "a size"), rest_bits)
+        bits = _left_of(model, required(size.target_gb, "a size"), rest_bits, without)
     each = bits / total
     if size.bits:
         gone = max(0.0, 1 - each / (size.bits + of_float / size.group))
@@ -153,9 +156,9 @@ def budget_of(
     return Budget(int((1 - gone) * total), gone, allocation, rank_multiple, storage, bits)
 
 
-def _left_of(model: StreamedModel, target_gb: float, rest_bits: int) -> int:
+def _left_of(model: StreamedModel, target_gb: float, rest_bits: int, without: Set[str]) -> int:
     """Bits that are left for the experts of a checkpoint of so many gigabytes."""
-    rest = rest_bytes(model, rest_bits)
+    rest = rest_bytes(model, rest_bits, without)
     left = int(target_gb * 1e9) - rest
     if left <= 0:
         raise TooSmall(

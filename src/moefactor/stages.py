@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from .factorise import factorise
 from .methods import Method, get
 from .plan import Plan
 from .planning import budget_of, make_plan
+from .prediction import Prediction
 from .progress import Progress, silent
 from .run_folder import RunFolder
 from .size import Size
@@ -126,12 +127,19 @@ class Run:
         """Raises UserError for what can be known to be wrong before anything is read."""
         if self.recipe.size is not None:
             recipe = self.recipe
-            budget_of(self.model, self.recipe.size, recipe.allocation, recipe.rank_multiple, recipe.rest_bits)
+            budget_of(
+                self.model, self.recipe.size, recipe.allocation, recipe.rank_multiple, recipe.rest_bits, self.left_out
+            )
         self.recipe.check()
         check_method(
             self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp,
             rest_bits=self.recipe.rest_bits,
         )  # fmt: skip
+
+    @property
+    def left_out(self) -> Set[str]:
+        """Names on disk of what is not written."""
+        return Prediction.of(self.model).names if self.recipe.drop_mtp else frozenset()
 
     @cached_property
     def own_share(self) -> float:
@@ -175,7 +183,7 @@ class Run:
         return make_plan(
             self.model, recipe.method, recipe.options, required(recipe.size, "a size"), run=self.folder,
             allocation=recipe.allocation, rank_multiple=recipe.rank_multiple, rest_bits=recipe.rest_bits,
-            seed=recipe.seed, progress=self.progress,
+            without=self.left_out, seed=recipe.seed, progress=self.progress,
         )  # fmt: skip
 
     def factorise(self, plan: Plan) -> None:

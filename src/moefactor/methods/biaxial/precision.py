@@ -27,6 +27,7 @@ from ...fitting.metrics import Metrics
 from ...fitting.rounding import relative_noise
 from ...forms import Form, Latent, Quantised
 from ...forms.packing import BITS
+from ...knapsack import Slot, improve
 from ...plan import LayerPlan
 from .planning import block_prices
 
@@ -132,10 +133,16 @@ def plan_precisions(tables: list[Precisions], budget: Budget) -> Planned:
     shapes, price = _cheapest(lambda price: everywhere(price, None), available)
     # Where a layer changes its shape the size jumps; with shapes held, channels take up what is left.
     _, price = _cheapest(lambda price: everywhere(price, shapes), available)
+    pairs = list(zip(layers, shapes, strict=True))
+    left = int(available - sum(layer.at(price, shape)[1] for layer, shape in pairs))
+    # The last bits go one block after the other; to channels that no text used too, while there is room.
+    chosen = [layer.chosen(price, shape) for layer, shape in pairs]
+    slots = [slot for layer, shape in pairs for slot in layer.slots(shape)]
+    bought = torch.tensor(improve(slots, torch.cat(chosen).tolist(), left))
     plans, loss = [], 0.0
-    for layer, shape in zip(layers, shapes, strict=True):
-        plans.append(layer.plan(price, shape))
-        loss += layer.at(price, shape)[0]
+    for (layer, shape), options in zip(pairs, bought.split([len(c) for c in chosen]), strict=True):
+        plans.append(layer.plan(options, shape))
+        loss += layer.loss(options, shape)
     return Planned(plans, loss)
 
 
@@ -197,6 +204,14 @@ class _Layer:
         shared = sum(self.storage.basis(rank, self.table.layer.hidden) for rank in shape[:2])
         return float(losses.gather(1, chosen.unsqueeze(1)).sum()), float(costs[chosen].sum()) + shared
 
+    def loss(self, chosen: Tensor, shape: Shape) -> float:
+        return float(self._options(shape)[0].gather(1, chosen.unsqueeze(1)).sum())
+
+    def slots(self, shape: Shape) -> list[Slot]:
+        """One for every block."""
+        losses, costs = self._options(shape)
+        return [Slot(costs, row) for row in losses]
+
     def best(self, price: float, shifts: Iterable[int]) -> Shape:
         """The shape of least loss and price · size, one of its three parts after the other."""
         table = self.table
@@ -213,10 +228,10 @@ class _Layer:
                 shape = min(tried, key=value)  # type: ignore[assignment, arg-type]  # a tuple of three all along
         return shape
 
-    def plan(self, price: float, shape: Shape) -> LayerPlan:
-        """What the choice comes to: channels of each expert in each precision."""
+    def plan(self, options: Tensor, shape: Shape) -> LayerPlan:
+        """What the options that blocks take come to: channels of each expert in each precision."""
         layer, block = self.table.layer, self.table.block
-        chosen = self.chosen(price, shape).view(layer.experts, -1)
+        chosen = options.view(layer.experts, -1)
         counts = {index: tuple((block * (chosen == index + 1).sum(1)).tolist()) for index in range(len(self.allowed))}
         widths = tuple((block * (chosen > 0).sum(1)).tolist())
         forms: dict[str, Form] = {}
