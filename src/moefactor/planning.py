@@ -133,7 +133,11 @@ def budget_of(
     model: StreamedModel, size: Size, allocation: str | None, rank_multiple: int | None, rest_bits: int = 16,
     without: Set[str] = frozenset(),
 ) -> Budget:  # fmt: skip
-    """The budget that a size leaves; `rest_bits` and `without`: see rest.rest_bytes. Raises UserError for what is none."""
+    """The budget that a size leaves. Raises UserError for what is none.
+
+    Args:
+        rest_bits, without: see rest.rest_bytes.
+    """
     if allocation is not None and allocation not in RULES:
         raise unknown("allocation", allocation, RULES)
     if rank_multiple is not None and rank_multiple < 1:
