@@ -123,20 +123,19 @@ class Metrics:
         Args:
             side: `first` or `down`.
         """
-        whole = Cut.of(self, self.prices(), [self.layer.intermediate] * self.layer.experts)
-        if side == "first":
-            weights, metric = self.first.weights, self.input
-            left = self.sensitivity
-            project = basis = None
-            if any(ranks):
+        basis = project = None
+        if any(ranks):
+            whole = Cut.of(self, self.prices(), [self.layer.intermediate] * self.layer.experts)
+            if side == "first":
                 basis = whole.first_directions()[1]
                 project = torch.linalg.inv(basis)
+            else:
+                _, basis, project = whole.down_directions()
+        if side == "first":
+            weights, metric, left = self.first.weights, self.input, self.sensitivity
         else:
             weights, metric = self.down.weights, self.output
             left = torch.stack([self.count[e] * self.hidden(e).diagonal() for e in range(self.layer.experts)])
-            project = basis = None
-            if any(ranks):
-                _, basis, project = whole.down_directions()
         found: dict[int, tuple[list[Tensor], list[Tensor]]] = {rank: ([], []) for rank in ranks}
         for expert, rows in enumerate(weights):
             rows, moment = rows.float(), metric(expert).float()
