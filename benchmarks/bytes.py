@@ -181,7 +181,7 @@ def main() -> None:
                 continue
             for text in arguments.calibrations.split(","):
                 key = f"{label}/{size}/{text}"
-                if key not in results:
+                if "bits" not in results.get(key, {}):
                     try:
                         calibration = calibration_of(text, arguments.data)
                         row = run_row(make, arguments.model, calibration, arguments.data, baseline, experts)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .checkpoint import refuse_existing
+from .compressed_tensors import need_library
 from .coverage import Coverage
 from .errors import UserError
 from .files import locked
@@ -108,7 +108,7 @@ def compress(
         raise UserError(f"--heal trains factors, and {method} with these options leaves ordinary experts; choose.")
     scheme = _scheme(recipe) if ordinary else None
     if scheme:
-        recipe = replace(recipe, rest_bits=16)  # quantising the checkpoint sees to it
+        need_library()
     work = Run(streamed, recipe, folder, progress, on_coverage)
     work.check()
     with locked(output.with_name(f".{output.name}.lock"), str(output)), folder.opened(streamed):
@@ -116,7 +116,7 @@ def compress(
         written = folder.folder / "unhealed" if heal else folder.folder / "unrounded" if scheme else output
         if written != output:
             shutil.rmtree(written, ignore_errors=True)  # written again from the journal, which costs nothing
-        work.all(written)
+        plan = work.all(written)
         if heal:
             distil(
                 written, model, output, steps=heal, text=with_own(calibration) if work.own_share else calibration,
@@ -124,6 +124,8 @@ def compress(
                 trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
             shutil.rmtree(written)
+        elif scheme and not plan.standard():
+            written.rename(output)  # config.json can't say it, so it is in a form of ours, rounded already
         elif scheme:
             export_quantised(
                 str(written), output, scheme, group_size=bits_group, rest_bits=rest_bits,

@@ -20,7 +20,8 @@ from .size import Size
 from .streaming import StreamedModel
 
 STAGE = "plan"
-PLENTY = 5.0  # bits a parameter at which hardly a channel goes; what is removed grows by an eighth for each below
+# Bits a parameter from which on nothing that some text used need go; what is removed grows by an eighth for each below.
+PLENTY = 5.0
 
 
 def make_plan(
@@ -66,10 +67,9 @@ def _planned(method: Method, options: dict, priced: list[Any], budget: Budget) -
     """The plan within the budget; what private factors are rounded to is added where the method leaves it to others."""
     if method.rounds(options):
         return method.plan(priced, budget)
-    if budget.storage.rounding and not budget.storage.rounding.bits:
-        raise UserError(f"{method.name}: channels of several precisions are biaxial's; say how many bits, --bits 4.")
+    ordinary = bool(method.standard(options))
     if budget.bits is None:
-        return _rounded(method.plan(priced, budget), budget)
+        return _rounded(method.plan(priced, budget), budget, ordinary)
     # Such a method counts parameters: the most of them whose bits fit.
     total = sum(p.layer.parameter_count for p in priced)
     low, high, best = 0.0, 1.0, None
@@ -77,8 +77,8 @@ def _planned(method: Method, options: dict, priced: list[Any], budget: Budget) -
         share = (low + high) / 2 if share is None else share
         tried = replace(budget, parameters=int(share * total), ratio=1 - share, bits=None)
         with suppress(TooSmall):
-            planned = _rounded(method.plan(priced, tried), budget)
-            if _bits(planned, budget.storage) <= budget.bits:
+            planned = _rounded(method.plan(priced, tried), budget, ordinary)
+            if _bits(planned, budget.storage, ordinary) <= budget.bits:
                 best, low = planned, share
                 if share == 1:
                     break
@@ -87,22 +87,22 @@ def _planned(method: Method, options: dict, priced: list[Any], budget: Budget) -
             continue
         low = share
     if best is None:
-        raise TooSmall(f"{method.name}: nothing it can make fits in {budget.bits / 8e9:.3f} GB of experts; allow more.")
+        raise TooSmall(f"{method.name}: nothing it can make fits in {budget.bits / 8e9:.3g} GB of experts; allow more.")
     return best
 
 
-def _bits(planned: Planned, storage: Storage) -> float:
+def _bits(planned: Planned, storage: Storage, ordinary: bool) -> float:
     """What a plan's experts will take; an ordinary checkpoint is rounded when it is written."""
-    if storage.rounding and all(entry.standard() for entry in planned.layers):
+    if storage.rounding and ordinary and all(entry.standard() for entry in planned.layers):
         each = storage.rounding.bits + storage.of_float / storage.rounding.group
         return sum(each * entry.parameter_count() for entry in planned.layers)
     return sum(entry.bits(storage.of_float) for entry in planned.layers)
 
 
-def _rounded(planned: Planned, budget: Budget) -> Planned:
-    """The same with every form rounded, save what an ordinary checkpoint holds."""
+def _rounded(planned: Planned, budget: Budget, ordinary: bool) -> Planned:
+    """The same with every form rounded, save where the result is an ordinary checkpoint."""
     rounding = budget.storage.rounding
-    if rounding is None or all(entry.standard() for entry in planned.layers):
+    if rounding is None or (ordinary and all(entry.standard() for entry in planned.layers)):
         return planned
     layers = [
         replace(entry, forms={stack: rounding.of(form) for stack, form in entry.forms.items()})
@@ -152,7 +152,9 @@ def budget_of(
     else:
         bits = _left_of(model, required(size.target_gb, "a size"), rest_bits, without)
     each = bits / total
-    if size.bits:
+    if size.bits is None:
+        gone = max(0.0, 1 - each / of_float)
+    elif size.bits:
         gone = max(0.0, 1 - each / (size.bits + of_float / size.group))
     else:
         gone = min(0.9, max(0.0, (PLENTY - each) / 8))
@@ -165,8 +167,9 @@ def _left_of(model: StreamedModel, target_gb: float, rest_bits: int, without: Se
     rest = rest_bytes(model, rest_bits, without)
     left = int(target_gb * 1e9) - rest
     if left <= 0:
+        fewer = {16: ", or store the rest in fewer bits (--rest-bits 8, or 4)", 8: ", or try --rest-bits 4", 4: ""}
         raise TooSmall(
-            f"{model.name}: all but the routed experts takes {rest / 1e9:.3f} GB, so the checkpoint can't be of "
-            f"{target_gb} GB. Allow more, or store the rest in fewer bits (--rest-bits 8, or 4)."
+            f"{model.name}: all but the routed experts takes {rest / 1e9:.3g} GB, so the checkpoint can't be of "
+            f"{target_gb:.3g} GB. Allow more{fewer[rest_bits]}."
         )
     return 8 * left

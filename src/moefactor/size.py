@@ -22,7 +22,7 @@ class Size:
         ratio: fraction of the routed experts' parameters to remove.
         bpw: bits that the experts may take, over their parameters before anything is removed.
         target_gb: gigabytes (1e9 bytes) that all tensors of the checkpoint may take.
-        bits: of private factors; 0: every channel's own; None: not rounded.
+        bits: of private factors; 0: every channel's own; None: they stay as they are.
         group: neighbours that share a scale.
     """
 
@@ -45,7 +45,7 @@ class Size:
             raise UserError(f"{' and '.join(budgets)} both say how large the result may be; give one of them.")
         of_channels = None if bits is None else _bits(bits)
         if bpw is not None or target_gb is not None:
-            of_channels = of_channels or 0
+            of_channels = 0 if bits is None else of_channels
         elif of_channels == 0:
             raise UserError("--bits mixed spends bits channel by channel: say how many, with --bpw or --target-gb.")
         elif ratio is None:
@@ -74,7 +74,10 @@ class Size:
 
     def told(self) -> str:
         """The flags that say so."""
-        flags = {"--ratio": self.ratio, "--bpw": self.bpw, "--target-gb": self.target_gb, "--bits": self.bits or None}
+        flags = {
+            "--ratio": self.ratio, "--bpw": self.bpw, "--target-gb": self.target_gb, "--bits": self.bits or None,
+            "--bits-group": None if self.bits is None or self.group == GROUP else self.group,
+        }  # fmt: skip
         return " ".join(f"{name} {value}" for name, value in flags.items() if value is not None)
 
 

@@ -32,6 +32,7 @@ from .plan import Plan
 from .planning import budget_of, make_plan
 from .prediction import Prediction
 from .progress import Progress, silent
+from .rest import check_bits
 from .run_folder import RunFolder
 from .size import Size
 from .stats import GRADIENTS
@@ -91,6 +92,12 @@ class Recipe:
             raise UserError(
                 f"{self.method.name} factorises without statistics with these options; leave --no-sequential out."
             )
+        mixed = self.size is not None and self.size.bits == 0
+        if mixed and self.method.rounds(self.options) != "mixed":
+            raise UserError(
+                f"{self.method.name} with these options has one number of bits for all: say how many, --bits 4. "
+                "Each channel its own is for biaxial --form fast, without --latent and --channel-share."
+            )
         given = {
             "calibration": self.calibration, "own-text": self.own_text or None, "seqlen": self.seqlen,
             "text-column": self.text_column,
@@ -133,8 +140,15 @@ class Run:
         self.recipe.check()
         check_method(
             self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp,
-            rest_bits=self.recipe.rest_bits,
+            rest_bits=self.rest_bits,
         )  # fmt: skip
+        check_bits(self.recipe.rest_bits)
+
+    @property
+    def rest_bits(self) -> int:
+        """Of the rest as it is written here: an ordinary checkpoint is quantised afterwards, with its rest."""
+        size, ordinary = self.recipe.size, self.recipe.method.standard(self.recipe.options)
+        return 16 if ordinary and size is not None and size.bits else self.recipe.rest_bits
 
     @property
     def left_out(self) -> Set[str]:
@@ -200,7 +214,7 @@ class Run:
         with self.folder.opened(self.model):
             write_checkpoint(
                 self.model, plan, self.folder, output, command or self.command(output),
-                drop_mtp=self.recipe.drop_mtp, rest_bits=self.recipe.rest_bits,
+                drop_mtp=self.recipe.drop_mtp, rest_bits=self.rest_bits,
             )  # fmt: skip
 
     def all(self, output: Path) -> Plan:

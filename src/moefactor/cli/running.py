@@ -134,6 +134,11 @@ def plan(
         method, method_options(context.args), size=Size.of(ratio, bits, bpw, target_gb, bits_group),
         allocation=allocation, rank_multiple=rank_multiple, seed=seed, rest_bits=rest_bits,
     )  # fmt: skip
+    if recipe.size and recipe.size.bits and recipe.method.standard(recipe.options):
+        raise UserError(
+            f"{method} with these options leaves an ordinary checkpoint, which `compress` rounds once it is written. "
+            "Plan without --bits, then `moefactor export --quantised int4` what `factorise` writes."
+        )
     with Bars() as bars, TemporaryDirectory() as nowhere:
         folder = RunFolder(nowhere if dry_run and not run.exists() else run)
         streamed = StreamedModel(model, device or default_device(), trust_remote_code=trust_remote_code)
@@ -143,7 +148,8 @@ def plan(
     console.print(plan_table(made))
     if not dry_run:
         work.folder.write_plan(made)
-        say(f"Wrote {work.folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT")
+        rest = "" if rest_bits == 16 else f" --rest-bits {rest_bits}"
+        say(f"Wrote {work.folder.plan}. Next: moefactor factorise {model} --run {run} -o OUT{rest}")
 
 
 @app.command(rich_help_panel=STAGES)

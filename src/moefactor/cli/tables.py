@@ -132,9 +132,12 @@ def between(interval: Interval, form: str) -> str:
 
 
 def plan_table(made: Plan) -> Table:
+    asked = (
+        f"ratio {made.ratio}" if made.budget is None else f"{made.budget / made.original_count:.2f} bits a parameter"
+    )
     title = (
-        f"{made.method}, ratio {made.ratio}: {made.original_count:,} -> {made.parameter_count():,} expert parameters "
-        f"({made.achieved_ratio():.4f} removed)"
+        f"{made.method}, {asked}: {made.original_count:,} -> {made.parameter_count():,} expert parameters "
+        f"({made.achieved_ratio():.4f} removed), {size(made.bits() / 8)} of {size(2 * made.original_count)} in 16 bits"
     )
     if made.expected_loss is not None:
         title += f", expected to cost {made.expected_loss:.4f} nats a token"

@@ -125,7 +125,8 @@ class Metrics:
         """
         basis = project = None
         if any(ranks):
-            whole = Cut.of(self, self.prices(), [self.layer.intermediate] * self.layer.experts)
+            every = torch.arange(self.layer.intermediate, device=self.device)
+            whole = Cut(self, [every] * self.layer.experts, [d.double() for d in self.down.weights])
             if side == "first":
                 basis = whole.first_directions()[1]
                 project = torch.linalg.inv(basis)
@@ -136,6 +137,10 @@ class Metrics:
         else:
             weights, metric = self.down.weights, self.output
             left = torch.stack([self.count[e] * self.hidden(e).diagonal() for e in range(self.layer.experts)])
+        there = torch.ones(self.layer.hidden, device=self.device)
+        members = (
+            torch.nn.functional.pad(there, (0, -len(there) % group)).unflatten(0, (-1, group)).sum(1, keepdim=True)
+        )
         found: dict[int, tuple[list[Tensor], list[Tensor]]] = {rank: ([], []) for rank in ranks}
         for expert, rows in enumerate(weights):
             rows, moment = rows.float(), metric(expert).float()
@@ -149,7 +154,8 @@ class Metrics:
                     own = moment.diagonal()
                 energy = (half * rows.square() * own).cumsum(1)
                 even = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
-                noise = even.square().mean(2, keepdim=True).expand_as(even).flatten(1)[:, : rows.shape[1]]
+                noise = even.square().sum(2, keepdim=True) / members
+                noise = noise.expand_as(even).flatten(1)[:, : rows.shape[1]]
                 noise = (half * noise * own).cumsum(1)
                 for each in ranks:
                     if bool(each) == based:

@@ -52,7 +52,8 @@ class Problem:
         self.scale = float(self._energy(self.weights)) or 1.0  # experts of zeros: their loss is 0, not NaN
 
     def private(self, bases: Tensor) -> Tensor:
-        """(E, width, r): argmin over A_e, whatever L is. bases (E, r, H)."""
+        """(E, width, r): argmin over A_e, whatever L is (with `noise`, where L is diagonal; near it where not). bases
+        (E, r, H)."""
         metric = bases.transpose(1, 2) if self.right is None else self.right @ bases.transpose(1, 2)  # (E, H, r)
         normal = bases @ metric
         diagonal = normal.diagonal(dim1=1, dim2=2)

@@ -227,6 +227,8 @@ def improved(
     groups = [
         {"params": [p], "lr": rate * float(p.detach().square().mean().sqrt())} for p in trained.values() if p.numel()
     ]
+    if not groups:
+        return None, []  # every expert of the layer is gone
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min(1.0, (s + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps))))

@@ -64,9 +64,9 @@ def _searched(parts: Tensor, top: Tensor) -> Tensor:
 
 def relative_noise(x: Tensor, group: int, seed: int = 0) -> dict[int, float]:
     """bits -> mean squared error of rounding over the mean square, of a sample of the groups of (…, n)."""
-    parts = grouped(x.float(), group).flatten(0, -2)
-    chosen = torch.randint(len(parts), (min(SAMPLE, len(parts)),), generator=torch.Generator().manual_seed(seed))
-    parts = parts[chosen.to(x.device)]
+    rows = x.flatten(0, -2)
+    chosen = torch.randint(len(rows), (min(SAMPLE, len(rows)),), generator=torch.Generator().manual_seed(seed))
+    parts = grouped(rows[chosen.to(x.device)].float(), group).flatten(0, -2)
     energy = float(parts.square().sum().clamp(min=1e-30))
     found = {}
     for bits in BITS:
@@ -137,11 +137,20 @@ class Grid:
         return (levels + top).flatten(-2)[..., :count].to(torch.uint8)
 
 
-def round_to_nearest(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """(…, n) -> its codes (…, words) and scales (…, groups), these in its dtype."""
-    grid = Grid(bits, group)
-    scale = grid.scales(x)
-    return pack(grid.codes(x, scale), bits), scale.to(x.dtype)
+def round_to_nearest(x: Tensor, bits: int, group: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(…, n) -> its codes (…, words) and scales (…, groups), these in its dtype; a part at a time.
+
+    Args:
+        scale: where it is known; searched otherwise.
+    """
+    grid, outer = Grid(bits, group), x.shape[:-1]
+    rows, codes, scales = max(1, PART // max(1, x.shape[-1])), [], []
+    known = None if scale is None else scale.detach().reshape(-1, scale.shape[-1]).split(rows)
+    for number, part in enumerate(x.reshape(-1, x.shape[-1]).split(rows)):
+        own = _stored(grid.scales(part) if known is None else known[number])
+        codes.append(pack(grid.codes(part, own), bits))
+        scales.append(own.to(x.dtype))
+    return torch.cat(codes).view(*outer, -1), torch.cat(scales).view(*outer, -1)
 
 
 def grids(form: Quantised) -> dict[str, Grid]:
@@ -162,20 +171,17 @@ def packed(form: Quantised, factors: Factors, scales: Mapping[str, Tensor] | Non
     Args:
         scales: of those for which they are known; searched otherwise.
     """
-    stored, places = {}, form.places() if form.channels else []
-    levels = grids(form)
+    stored, bits = {}, dict(form.tensor_bits)
     for name, tensor in factors.items():
-        if name not in levels:
+        known = None if scales is None else scales.get(name)
+        if name in bits:
+            codes, scale = round_to_nearest(tensor, bits[name], form.group, known)
+            stored[f"{name}_codes"], stored[f"{name}_scale"] = codes, scale
+        elif name == form.channel_tensor and form.channels:
+            for each, rows in form.places():
+                at = rows.to(tensor.device)
+                codes, scale = round_to_nearest(tensor[at], each, form.group, None if known is None else known[at])
+                stored[f"{name}_codes_b{each}"], stored[f"{name}_scale_b{each}"] = codes, scale
+        else:
             stored[name] = tensor
-            continue
-        grid = levels[name]
-        known = scales[name] if scales and name in scales else grid.scales(tensor)
-        scale = _stored(known.detach())
-        codes = grid.codes(tensor, scale)
-        if isinstance(grid.bits, int):
-            stored[f"{name}_codes"], stored[f"{name}_scale"] = pack(codes, grid.bits), scale
-            continue
-        for bits, rows in places:
-            at = rows.to(tensor.device)
-            stored[f"{name}_codes_b{bits}"], stored[f"{name}_scale_b{bits}"] = pack(codes[at], bits), scale[at]
     return stored

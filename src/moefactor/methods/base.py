@@ -42,6 +42,8 @@ class Method:
         own_text: share of the calibration windows that the model writes itself unless the user says otherwise.
         standard: options -> what makes the result an ordinary, smaller MoE: fewer experts (`count`), narrower ones
             (`width`), what the model allows of either (`both`); empty where it is none.
+        rounds: options -> whether it plans and fits for few bits itself, one number for all (`even`) or each channel's
+            own too (`mixed`); empty where what it makes is rounded afterwards.
 
     A method that makes offers is made by `offering`, one that treats stacks apart by `lift`.
     """
@@ -62,7 +64,7 @@ class Method:
     refit: Callable[..., CompressedExperts] | None = None
     own_text: float = 0.0
     standard: Callable[[dict], str] = lambda options: ""
-    rounds: Callable[[dict], bool] = lambda options: False
+    rounds: Callable[[dict], str] = lambda options: ""
 
     def needs_to_plan(self, options: dict, allocation: str | None) -> set[str]:
         """Statistics that planning reads; the rule `loss` ranks gains in the norm that factorising will use."""

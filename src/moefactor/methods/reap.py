@@ -84,7 +84,8 @@ def factorise(
         tensors[f"{name}_weight"] = stack[kept].flatten(0, 1)
     mean = stats.required("hidden_sum").double() / stats.weight_square.clamp(min=1e-300).unsqueeze(1)
     constants = torch.stack([d.double() @ m for d, m in zip(weights.down, mean, strict=True)])
-    tensors["intercept"] = constants[list(plan.intercept)]
+    if plan.intercept:
+        tensors["intercept"] = constants[list(plan.intercept)]
     return CompressedExperts(plan.layer, dict(plan.forms), tensors)
 
 

@@ -53,6 +53,7 @@ NEEDS = frozenset({"input_moment", "hidden_moment", "hidden_square", "output_gra
 # Metrics.damping of the prices, from the ratio DOUBTFUL up; below, it falls with the square. What goes first is what no
 # text uses, and doubt would keep it; what goes later is used by some other text.
 DOUBT, DOUBTFUL = 0.1, 0.4
+LEAST_DOUBT = 0.015  # where bits are spent: without any, what no text used would go as soon as anything must
 # Without text, channels go at so much of the ratio, in every layer alike: relative errors can't tell what they are
 # worth beside directions, and a search over them took out too many. Tried on one model, 0.07 to 0.3 at five ratios.
 BLIND_CHANNELS = 1 / 3
@@ -89,11 +90,11 @@ def price(
     if multiple > hidden:
         raise UserError(f"--rank-multiple must be at most the hidden size, {hidden}, found {multiple}.")
     storage = budget.storage
-    mixed_bits = storage.rounding is not None and not storage.rounding.bits
-    if mixed_bits and (form != "fast" or latent):
-        raise UserError("biaxial: channels of several precisions are of --form fast; give --bits 2, 3, 4, 5, 6 or 8.")
+    by_bits = form == "fast" and storage.rounding is not None and not latent and channel_share < 0
     if doubt < 0:
         doubt = DOUBT * min(1.0, budget.ratio / DOUBTFUL) ** 2
+        if storage.in_bits:
+            doubt = max(LEAST_DOUBT, doubt)
     if data_free and channel_share < 0:
         channel_share = BLIND_CHANNELS * budget.ratio
     seen = None if data_free else stats
@@ -101,7 +102,7 @@ def price(
         if form == "standard":
             believed = Metrics(weights, seen, _fraction("doubt", doubt))
             return shapes(believed, budget, width_multiple, experts_multiple)
-        if form == "fast" and storage.rounding and not latent and channel_share < 0:
+        if by_bits and storage.rounding:
             believed = Metrics(weights, seen, _fraction("doubt", doubt))
             block = width_of_atoms(width_multiple, weights.layer)
             return precisions(believed, block, storage.rounding.group, multiple)
@@ -257,6 +258,12 @@ def _fraction(name: str, value: float) -> float:
     return value
 
 
+def _rounds(options: dict) -> str:
+    if options["form"] == "standard":
+        return ""
+    return "mixed" if options["form"] == "fast" and not options["latent"] and options["channel_share"] < 0 else "even"
+
+
 METHOD = Method(
     "biaxial",
     "channels taken out and bases shared, priced in the model's loss; refined layer by layer",
@@ -272,6 +279,6 @@ METHOD = Method(
     rule=None,
     refit=refit,
     own_text=0.5,
-    rounds=lambda options: options["form"] != "standard",
+    rounds=_rounds,
     standard=lambda options: "both" if options["form"] == "standard" else "",
 )

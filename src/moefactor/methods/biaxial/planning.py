@@ -107,9 +107,11 @@ def plan_tables(tables: list[Table], budget: Budget) -> Planned:
     available = int(budget.available - storage.floats(sum(table.layer.bias_count for table in tables)))
     choices = knapsack([[row.alternative() for row in table.rows] for table in tables], available)
     if choices is None:
-        raise TooSmall(
-            f"biaxial: this ratio can't be reached; the highest with these options is {_highest_ratio(tables):.3f}."
-        )
+        least = _least(tables)
+        if storage.in_bits:
+            raise TooSmall(f"biaxial: the least that the experts take with these options is {least / 8e9:.3g} GB.")
+        highest = math.floor(1000 * (1 - least / sum(table.layer.parameter_count for table in tables))) / 1000
+        raise TooSmall(f"biaxial: this ratio can't be reached; the highest with these options is {highest:.3f}.")
     rows = [table.rows[index] for table, (index, _) in zip(tables, choices, strict=True)]
     chosen = [
         {stack: cs[i] for (stack, cs), i in zip(row.offers.items(), indices, strict=True)}
@@ -127,10 +129,10 @@ def plan_tables(tables: list[Table], budget: Budget) -> Planned:
     return Planned(plans, lost)
 
 
-def _highest_ratio(tables: list[Table]) -> float:
+def _least(tables: list[Table]) -> float:
+    """Parameters, or bits."""
     least = sum(min(sum(min(c.cost for c in cs) for cs in row.offers.values()) for row in t.rows) for t in tables)
-    least += sum(table.layer.bias_count for table in tables)
-    return math.floor(1000 * (1 - least / sum(table.layer.parameter_count for table in tables))) / 1000
+    return least + sum(table.layer.bias_count for table in tables)
 
 
 def _buy_channels(

@@ -120,11 +120,18 @@ def plan_precisions(tables: list[Precisions], budget: Budget) -> Planned:
     rounding = storage.required
     allowed = (rounding.bits,) if rounding.bits else BITS
     shifts = (0,) if rounding.bits else SHIFTS
-    layers = [_Layer(table, storage, allowed) for table in tables]
+    smaller = storage.in_bits or budget.ratio > 0  # or nothing is to go, and a basis would be in the way
+    layers = [_Layer(table, storage, allowed, bases=smaller) for table in tables]
     available = budget.available - storage.floats(sum(table.layer.bias_count for table in tables))
-    least = sum(layer.at(math.inf, (0, 0, 0))[1] for layer in layers)
+    least = sum(layer.least for layer in layers)
     if least > available:
-        raise TooSmall(f"biaxial: this size can't be reached: {available:,} of {least:,} that the least takes.")
+        of_all = storage.floats(sum(table.layer.parameter_count for table in tables))
+        raise TooSmall(
+            f"biaxial: the experts may take {available / 8e9:.3g} GB, and as many of them as a token goes to, in "
+            f"{min(allowed)} bits, take {least / 8e9:.3g}: allow {(least - available) / 8e9:.3g} GB more."
+            if storage.in_bits
+            else f"biaxial: this ratio can't be reached; the highest with these options is {1 - least / of_all:.3f}."
+        )
 
     def everywhere(price: float, shapes: list[Shape] | None) -> tuple[list[Shape], float]:
         found = shapes or [layer.best(price, shifts) for layer in layers]
@@ -151,7 +158,7 @@ def _cheapest(sizes: Callable[[float], tuple[list[Shape], float]], available: fl
     found, size = sizes(0.0)
     if size <= available:
         return found, 0.0
-    low, high = 1e-12, 1e-12
+    low, high = 1e-24, 1e-24
     while size > available:
         low, high = high, high * 100
         found, size = sizes(high)
@@ -168,8 +175,8 @@ def _cheapest(sizes: Callable[[float], tuple[list[Shape], float]], available: fl
 class _Layer:
     """A layer's options: every block of channels goes, or stays in one of the `allowed` bits."""
 
-    def __init__(self, table: Precisions, storage: Storage, allowed: tuple[int, ...]):
-        self.table, self.storage, self.allowed = table, storage, allowed
+    def __init__(self, table: Precisions, storage: Storage, allowed: tuple[int, ...], *, bases: bool):
+        self.table, self.storage, self.allowed, self.bases = table, storage, allowed, bases
         self.prices = table.prices.flatten()
 
     def _losses(self, side: str, rank: int, bits: int) -> Tensor:
@@ -186,16 +193,22 @@ class _Layer:
         losses, costs = [self.prices], [0.0]
         for index, bits in enumerate(self.allowed):
             of_down = self._down_bits(index, shift)
-            losses.append(self._losses("first", first, bits) + self._losses("down", down, of_down))
+            kept = self._losses("first", first, bits) + self._losses("down", down, of_down)
+            losses.append(torch.minimum(kept, self.prices))  # or what is free to stay would go
             costs.append(table.block * (table.halves * row(first or hidden, bits) + row(down or hidden, of_down)))
         return torch.stack(losses, 1), torch.tensor(costs, dtype=torch.float64)
 
     def chosen(self, price: float, shape: Shape) -> Tensor:
         """(blocks,): which option each takes."""
         losses, costs = self._options(shape)
-        if price == math.inf:
-            return torch.zeros(len(losses), dtype=torch.long)
         return (losses + price * costs).argmin(1)
+
+    @property
+    def least(self) -> float:
+        """The size of as many experts as a token goes to, in the fewest bits."""
+        layer, bits = self.table.layer, min(self.allowed)
+        rows = layer.fewest_experts * layer.intermediate * len(layer.projections)
+        return rows * self.storage.row(layer.hidden, bits)
 
     def at(self, price: float, shape: Shape) -> tuple[float, float]:
         """Loss and size."""
@@ -215,7 +228,8 @@ class _Layer:
     def best(self, price: float, shifts: Iterable[int]) -> Shape:
         """The shape of least loss and price · size, one of its three parts after the other."""
         table = self.table
-        choices = ([*table.lost["first"]], [*table.lost["down"]], [*shifts])
+        ranks = [[*table.lost[side]] if self.bases else [0] for side in SIDES]
+        choices = (*ranks, [*shifts])
 
         def value(shape: Shape) -> float:
             loss, size = self.at(price, shape)
