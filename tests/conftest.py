@@ -14,6 +14,7 @@ import torch
 
 import moefactor
 from moefactor import cli
+from moefactor.cli import shared
 from moefactor.stages import Recipe
 from tiny import build
 
@@ -78,8 +79,11 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
     """`command("inspect", folder)`: the command line in this process -> exit code, standard output and error."""
-    # Tables are cut to the terminal's width, and pytest has none.
+    # Tables are cut to the terminal's width, and pytest has none. Not by COLUMNS alone: some versions of rich read it
+    # once, when the console is made.
     monkeypatch.setenv("COLUMNS", "200")
+    for console in (shared.console, shared.errors):
+        monkeypatch.setattr(console, "_width", 200)
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -17,6 +17,7 @@ from moefactor.factorise import factorise
 from moefactor.methods import METHODS
 from moefactor.planning import make_plan
 from moefactor.run_folder import RunFolder
+from moefactor.size import Size
 from moefactor.stats import GRADIENTS, STATISTICS, LayerStats
 from moefactor.streaming import OBSERVED, StreamedModel, _multiply
 from tiny import TINY
@@ -118,7 +119,7 @@ def test_sequential_statistics_are_those_behind_factorised_layers(
         return method.factorise(weights, stats, layer_plan, **options)
 
     options = method.complete({})
-    plan = make_plan(streamed, method, options, 0.4, run=run)
+    plan = make_plan(streamed, method, options, Size.of(0.4), run=run)
     factorise(streamed, plan, replace(method, factorise=spy), run, calibration=Calibration([IDS], {"source": "ids"}))
     half = load(source)
     first, second = streamed.experts
