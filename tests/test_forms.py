@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -267,6 +267,8 @@ def test_applying_equals_the_loop(form: Form, tokens: int, top_k: int, seed: int
 @QUICK
 @given(form=forms(), tokens=st.integers(1, 9), seed=st.integers(0, 99))
 def test_applying_in_bfloat16_is_near_the_loop(form: Form, tokens: int, seed: int) -> None:
+    # Random codes stand for numbers of up to 127 scales, which cancel: what bfloat16 leaves of them says nothing.
+    assume(not isinstance(form, Quantised))
     factors = random_factors(form, torch.bfloat16)
     x = torch.randn(tokens, form.hidden, generator=torch.Generator().manual_seed(seed)).bfloat16()
     check_against_the_loop(form, factors, x, *random_routing(form, tokens, 2, seed), 0.05)
