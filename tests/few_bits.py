@@ -1,4 +1,4 @@
-"""Compressed folders with their factors in a few bits, rounded to nearest: what fitting would do better, for tests."""
+"""Compressed folders with their factors in a few bits, in precisions that no plan would give, for tests."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from models import on_disk
 from moefactor.checkpoint import INDEX
+from moefactor.fitting.rounding import packed
 from moefactor.forms import FLOAT, Form, Quantised, form_from_json
-from moefactor.forms.base import Factors
-from moefactor.forms.packing import groups, pack
 
 
 def in_bits(form: Form, bits: int, group: int = 16) -> Quantised:
@@ -35,31 +32,6 @@ def mixed(form: Form, group: int = 16) -> Quantised:
         form.experts, form.width, form.hidden, form, group, tuple((name, 8) for name in sorted(others)),
         ((6, most), (4, next_), (3, rest)),
     )  # fmt: skip
-
-
-def nearest(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """(…, n) -> codes (…, words) and scales (…, groups) of the rows' own type, the largest of a group hit exactly."""
-    count = rows.shape[-1]
-    padded = torch.nn.functional.pad(rows.float(), (0, groups(count, group) * group - count)).unflatten(-1, (-1, group))
-    scale = (padded.abs().amax(-1) / ((2**bits - 1) / 2)).clamp(min=1e-8).to(rows.dtype)
-    codes = (padded / scale.float().unsqueeze(-1) + (2**bits - 1) / 2).round().clamp(0, 2**bits - 1)
-    return pack(codes.flatten(-2)[..., :count], bits), scale
-
-
-def packed(form: Quantised, factors: Factors) -> Factors:
-    """The inner form's tensors in the bits that `form` says."""
-    out = {}
-    for name, spec in form.inner.tensors().items():
-        if bits := form.precision(name):
-            out[f"{name}_codes"], out[f"{name}_scale"] = nearest(factors[name], bits, form.group)
-        elif name == form.channel_tensor and form.channels:
-            for each, rows in form.places():
-                codes, scale = nearest(factors[name][rows], each, form.group)
-                out[f"{name}_codes_b{each}"], out[f"{name}_scale_b{each}"] = codes, scale
-        else:
-            out[name] = factors[name]
-        assert factors[name].shape == spec.shape
-    return out
 
 
 def folder_in_bits(source: Path, out: Path, wrap: Callable[[Form], Quantised]) -> Path:

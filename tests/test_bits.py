@@ -176,9 +176,9 @@ def test_sizes_that_make_no_sense(given: dict, message: str) -> None:
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-def layer_precisions(block: int = 1, *, bases: bool = True) -> Precisions:
+def layer_precisions(block: int = 1) -> Precisions:
     weights = random_weights()
-    found = precisions(Metrics(weights, random_stats(weights), 0.1), block, 16, 1, bases=bases)
+    found = precisions(Metrics(weights, random_stats(weights), 0.1), block, 16, 1)
     return Precisions.from_json(weights.layer, json.loads(json.dumps(found.to_json())))
 
 

@@ -107,7 +107,7 @@ def test_large_tensors_are_rounded_some_rows_at_a_time(monkeypatch: pytest.Monke
     model = SimpleNamespace(reader=SimpleNamespace(checkpoint=SimpleNamespace(folder=Path("model"))))
     weight = torch.randn(100, 96)
     whole = packing(model, {"w": 4})("w", weight)
-    monkeypatch.setattr("moefactor.rest.PART", 7 * 96)
+    monkeypatch.setattr("moefactor.fitting.rounding.PART", 7 * 96)
     parts = packing(model, {"w": 4})("w", weight)
     assert whole.keys() == parts.keys() == {"w_codes", "w_scale"}
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

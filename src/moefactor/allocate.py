@@ -26,8 +26,6 @@ RULES = ("uniform", "score", "loss")
 # runtime pads activations instead.
 WIDE = 512
 EXACT = ("mix", "base_columns")  # what is small, and decides much
-
-
 SHARED_BITS = 8  # of what experts share, at least: its error is every expert's
 
 

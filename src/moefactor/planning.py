@@ -70,30 +70,36 @@ def _planned(method: Method, options: dict, priced: list[Any], budget: Budget) -
     ordinary = bool(method.standard(options))
     if budget.bits is None:
         return _rounded(method.plan(priced, budget), budget, ordinary)
-    # Such a method counts parameters: the most of them whose bits fit.
+    # Such a method counts parameters: the most of them whose bits fit, all of them first.
     total = sum(p.layer.parameter_count for p in priced)
-    low, high, best = 0.0, 1.0, None
-    for share in (1.0, *[None] * 24):
-        share = (low + high) / 2 if share is None else share
+    low, high, best, share = 0.0, 1.0, None, 1.0
+    for _ in range(25):
         tried = replace(budget, parameters=int(share * total), ratio=1 - share, bits=None)
-        with suppress(TooSmall):
+        try:
             planned = _rounded(method.plan(priced, tried), budget, ordinary)
+        except TooSmall:
+            low = share
+        else:
             if _bits(planned, budget.storage, ordinary) <= budget.bits:
                 best, low = planned, share
-                if share == 1:
-                    break
-                continue
-            high = share
-            continue
-        low = share
+            else:
+                high = share
+        if low == high:
+            break
+        share = (low + high) / 2
     if best is None:
         raise TooSmall(f"{method.name}: nothing it can make fits in {budget.bits / 8e9:.3g} GB of experts; allow more.")
     return best
 
 
+def _stays(planned: Planned, ordinary: bool) -> bool:
+    """Whether the result is an ordinary checkpoint, which is rounded when it is written."""
+    return ordinary and all(entry.standard() for entry in planned.layers)
+
+
 def _bits(planned: Planned, storage: Storage, ordinary: bool) -> float:
-    """What a plan's experts will take; an ordinary checkpoint is rounded when it is written."""
-    if storage.rounding and ordinary and all(entry.standard() for entry in planned.layers):
+    """What a plan's experts will take."""
+    if storage.rounding and _stays(planned, ordinary):
         each = storage.rounding.bits + storage.of_float / storage.rounding.group
         return sum(each * entry.parameter_count() for entry in planned.layers)
     return sum(entry.bits(storage.of_float) for entry in planned.layers)
@@ -102,7 +108,7 @@ def _bits(planned: Planned, storage: Storage, ordinary: bool) -> float:
 def _rounded(planned: Planned, budget: Budget, ordinary: bool) -> Planned:
     """The same with every form rounded, save where the result is an ordinary checkpoint."""
     rounding = budget.storage.rounding
-    if rounding is None or (ordinary and all(entry.standard() for entry in planned.layers)):
+    if rounding is None or _stays(planned, ordinary):
         return planned
     layers = [
         replace(entry, forms={stack: rounding.of(form) for stack, form in entry.forms.items()})

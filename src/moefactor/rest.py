@@ -26,7 +26,6 @@ CHOICES = (16, 8, 4)  # of --rest-bits; 16: as it is
 GROUP = 64
 LEAST = 64  # rows and columns of what is worth it
 MULTIPLE = 32  # of columns: so many codes fill words, whatever their bits
-PART = 1 << 22  # numbers that are rounded at a time: what is worked with takes ten times their room
 EMBEDDING_BITS = 8  # at least, of embeddings and the head
 ROUTER = re.compile(r"(^|_)(gate|wg)$|router")  # last part of a module's name, where config.json's fields don't tell
 
@@ -150,9 +149,8 @@ def packing(model: StreamedModel, bits: dict[str, int]) -> Change:
         if name not in bits:
             return {name: tensor}
         check_finite(model.reader.checkpoint.folder.name, {name: tensor})
-        rows = tensor.split(max(1, PART // tensor.shape[1]))
-        codes, scales = zip(*(round_to_nearest(part, bits[name], GROUP) for part in rows), strict=True)
-        return {f"{name}_codes": torch.cat(codes), f"{name}_scale": torch.cat(scales)}
+        codes, scale = round_to_nearest(tensor, bits[name], GROUP)
+        return {f"{name}_codes": codes, f"{name}_scale": scale}
 
     return change
 

@@ -132,17 +132,14 @@ class Run:
 
     def check(self) -> None:
         """Raises UserError for what can be known to be wrong before anything is read."""
-        if self.recipe.size is not None:
-            recipe = self.recipe
-            budget_of(
-                self.model, self.recipe.size, recipe.allocation, recipe.rank_multiple, recipe.rest_bits, self.left_out
-            )
-        self.recipe.check()
+        recipe = self.recipe
+        check_bits(recipe.rest_bits)
+        if recipe.size is not None:
+            budget_of(self.model, recipe.size, recipe.allocation, recipe.rank_multiple, recipe.rest_bits, self.left_out)
+        recipe.check()
         check_method(
-            self.model, self.recipe.method, self.recipe.options, drop_mtp=self.recipe.drop_mtp,
-            rest_bits=self.rest_bits,
+            self.model, recipe.method, recipe.options, drop_mtp=recipe.drop_mtp, rest_bits=self.rest_bits
         )  # fmt: skip
-        check_bits(self.recipe.rest_bits)
 
     @property
     def rest_bits(self) -> int:

@@ -21,7 +21,7 @@ from .methods import Method
 from .ordinary import Smaller, new_routers, ordinary_experts
 from .plan import Plan
 from .prediction import Prediction
-from .rest import check_bits, describe_rest, expert_tensors, packing
+from .rest import describe_rest, expert_tensors, packing
 from .rest import rest_bits as bits_of_rest
 from .run_folder import RunFolder
 from .runtime.format import checkpoint_config, loader_stub, model_card
@@ -32,7 +32,6 @@ def check_method(
     model: StreamedModel, method: Method, options: dict, *, drop_mtp: bool = False, rest_bits: int = 16
 ) -> None:  # fmt: skip
     """Raises UserError, before anything is run, where no plan of this method could be written for this model."""
-    check_bits(rest_bits)
     if rest_bits != 16 and method.standard(options):
         raise _ordinary(model)
     prediction = Prediction.of(model)

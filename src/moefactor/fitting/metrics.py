@@ -25,6 +25,7 @@ from ..experts import ExpertWeights
 from ..stats import LayerStats
 from .channels import importance
 from .linalg import weighted_error
+from .rounding import grouped
 from .stack import Stack
 
 RIDGE = 1e-2  # of the mean diagonal, times 1 + 64/tokens: experts with few tokens keep their own columns
@@ -137,10 +138,7 @@ class Metrics:
         else:
             weights, metric = self.down.weights, self.output
             left = torch.stack([self.count[e] * self.hidden(e).diagonal() for e in range(self.layer.experts)])
-        there = torch.ones(self.layer.hidden, device=self.device)
-        members = (
-            torch.nn.functional.pad(there, (0, -len(there) % group)).unflatten(0, (-1, group)).sum(1, keepdim=True)
-        )
+        members = grouped(torch.ones(self.layer.hidden, device=self.device), group).sum(1, keepdim=True)
         found: dict[int, tuple[list[Tensor], list[Tensor]]] = {rank: ([], []) for rank in ranks}
         for expert, rows in enumerate(weights):
             rows, moment = rows.float(), metric(expert).float()
@@ -153,7 +151,7 @@ class Metrics:
                 else:
                     own = moment.diagonal()
                 energy = (half * rows.square() * own).cumsum(1)
-                even = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+                even = grouped(rows, group)
                 noise = even.square().sum(2, keepdim=True) / members
                 noise = noise.expand_as(even).flatten(1)[:, : rows.shape[1]]
                 noise = (half * noise * own).cumsum(1)

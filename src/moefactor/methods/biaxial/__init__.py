@@ -45,7 +45,7 @@ from ...stats import LayerStats
 from ..base import Method, options_of
 from .mixtures import fit_mixture, mixture_problem
 from .planning import SHARES, FormName, Table, layer_table, plan_tables
-from .precision import Precisions, is_mixed, plan_precisions, precisions
+from .precision import Precisions, plan_precisions, precisions
 from .standard import STEPS as STANDARD_STEPS
 from .standard import Shapes, cut_experts, plan_shapes, shapes, train
 
@@ -90,7 +90,7 @@ def price(
     if multiple > hidden:
         raise UserError(f"--rank-multiple must be at most the hidden size, {hidden}, found {multiple}.")
     storage = budget.storage
-    by_bits = form == "fast" and storage.rounding is not None and not latent and channel_share < 0
+    by_channel = storage.rounding is not None and _by_channel(form, latent, channel_share)
     if doubt < 0:
         doubt = DOUBT * min(1.0, budget.ratio / DOUBTFUL) ** 2
         if storage.in_bits:
@@ -102,10 +102,10 @@ def price(
         if form == "standard":
             believed = Metrics(weights, seen, _fraction("doubt", doubt))
             return shapes(believed, budget, width_multiple, experts_multiple)
-        if by_bits and storage.rounding:
+        if by_channel:
             believed = Metrics(weights, seen, _fraction("doubt", doubt))
             block = width_of_atoms(width_multiple, weights.layer)
-            return precisions(believed, block, storage.rounding.group, multiple)
+            return precisions(believed, block, storage.required.group, multiple)
         return layer_table(
             Metrics(weights, seen, _fraction("shrinkage", shrinkage)),
             Metrics(weights, seen, _fraction("doubt", doubt)),
@@ -215,7 +215,7 @@ def _cut(weights: ExpertWeights, stats: LayerStats | None, plan: LayerPlan, shri
     metrics = Metrics(weights, stats, _fraction("shrinkage", shrinkage))
     down = plan.forms["down"]
     # Channels of most bits come first.
-    order = metrics.channel_energies(down.group) if isinstance(down, Quantised) and is_mixed(down) else None
+    order = metrics.channel_energies(down.group) if isinstance(down, Quantised) and down.channels else None
     return Cut.of(metrics, metrics.prices(), list(down.rows().widths), order)
 
 
@@ -258,10 +258,15 @@ def _fraction(name: str, value: float) -> float:
     return value
 
 
+def _by_channel(form: FormName, latent: bool, channel_share: float) -> bool:
+    """Whether bits are given channel by channel, where a plan gives any."""
+    return form == "fast" and not latent and channel_share < 0
+
+
 def _rounds(options: dict) -> str:
     if options["form"] == "standard":
         return ""
-    return "mixed" if options["form"] == "fast" and not options["latent"] and options["channel_share"] < 0 else "even"
+    return "mixed" if _by_channel(options["form"], options["latent"], options["channel_share"]) else "even"
 
 
 METHOD = Method(

@@ -25,7 +25,7 @@ from ...experts import ExpertLayer
 from ...fitting.channels import ragged_forms
 from ...fitting.metrics import Metrics
 from ...fitting.rounding import relative_noise
-from ...forms import Form, Latent, Quantised
+from ...forms import Form, Latent
 from ...forms.packing import BITS
 from ...knapsack import Slot, improve
 from ...plan import LayerPlan
@@ -82,14 +82,13 @@ class Precisions:
         return len(self.layer.projections) - 1
 
 
-def precisions(metrics: Metrics, block: int, group: int, multiple: int, *, bases: bool = True) -> Precisions:
+def precisions(metrics: Metrics, block: int, group: int, multiple: int) -> Precisions:
     """Prices a layer.
 
     Args:
         metrics: as they are believed when it comes to spending.
         block: channels that go, and have one precision, together.
         multiple: ranks come in multiples of this.
-        bases: whether to price bases.
     """
     layer = metrics.layer
     prices = metrics.prices()
@@ -99,7 +98,7 @@ def precisions(metrics: Metrics, block: int, group: int, multiple: int, *, bases
         """(E, I) -> (E, blocks), those that go first first; channels that make no whole block go whatever comes."""
         return values.gather(1, order)[:, layer.intermediate % block :].unflatten(1, (-1, block)).sum(2).cpu()
 
-    ranks = sorted({s * layer.hidden // 16 // multiple * multiple for s in SIXTEENTHS if bases} | {0})
+    ranks = sorted({s * layer.hidden // 16 // multiple * multiple for s in SIXTEENTHS})
     lost, noise, shares = {}, {}, {}
     for side in SIDES:
         halves = len(layer.projections) - 1 if side == "first" else 1
@@ -213,7 +212,7 @@ class _Layer:
     def at(self, price: float, shape: Shape) -> tuple[float, float]:
         """Loss and size."""
         losses, costs = self._options(shape)
-        chosen = self.chosen(price, shape)
+        chosen = (losses + price * costs).argmin(1)
         shared = sum(self.storage.basis(rank, self.table.layer.hidden) for rank in shape[:2])
         return float(losses.gather(1, chosen.unsqueeze(1)).sum()), float(costs[chosen].sum()) + shared
 
@@ -227,8 +226,7 @@ class _Layer:
 
     def best(self, price: float, shifts: Iterable[int]) -> Shape:
         """The shape of least loss and price · size, one of its three parts after the other."""
-        table = self.table
-        ranks = [[*table.lost[side]] if self.bases else [0] for side in SIDES]
+        ranks = [[*self.table.lost[side]] if self.bases else [0] for side in SIDES]
         choices = (*ranks, [*shifts])
 
         def value(shape: Shape) -> float:
@@ -261,8 +259,3 @@ class _Layer:
                 inner = Latent(layer.experts, ragged.width, layer.hidden, rank=rank, inner=inner)
             forms[stack] = self.storage.required.of(inner, channels)
         return LayerPlan(layer, forms)
-
-
-def is_mixed(form: Form) -> bool:
-    """Whether channels of the form have several precisions."""
-    return isinstance(form, Quantised) and bool(form.channels)
